@@ -1,0 +1,249 @@
+"""Integer geometry of volumes: regions, cores, tiles, halos. It knows integers and nothing else.
+
+Along one axis (the same on every axis):
+
+    volume   |0·······························································N|
+    cores    |· · · · · core 0 · · · · |· · · · · core 1 · · · · |· · core 2 · ·|
+    tiles    |  tile 0  |  tile 1  |  tile 2  |  tile 3  |  ...
+    grown              [halo|  tile 1  |rest|halo]
+
+Tiles lie on a lattice from the volume's origin; one tile is one forward pass of the network. The
+network reads the grown region, which starts at `tile.start - halo`; it computes the smallest size
+that fits it and covers the tile, and the rest is cropped. A core is what one block writes: whole
+tiles and whole write units, clipped at the volume's end. Outside the volume the context is
+mirrored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bigseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Vec = tuple[int, ...]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer that is at least a / b, for b > 0."""
+    return -(-a // b)
+
+
+def round_up(n: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least n."""
+    return ceil_div(n, unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A half-open box of voxels: `start` is inside, `stop` is not. One entry per axis."""
+
+    start: Vec
+    stop: Vec
+
+    def __post_init__(self) -> None:
+        assert len(self.start) == len(self.stop), (self.start, self.stop)
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int]) -> Region:
+        """The region from the origin with this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> Vec:
+        """Extent along each axis in voxels, never negative."""
+        return tuple(max(0, b - a) for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def n_voxels(self) -> int:
+        """Number of voxels inside."""
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index for an array whose origin is the origin of this region's coordinates."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    def grow(self, before: Sequence[int], after: Sequence[int]) -> Region:
+        """The region with margins added in front of and behind each axis."""
+        return Region(
+            tuple(a - m for a, m in zip(self.start, before, strict=True)),
+            tuple(b + m for b, m in zip(self.stop, after, strict=True)),
+        )
+
+    def intersect(self, other: Region) -> Region:
+        """The common part; empty (shape with a zero) where there is none."""
+        start = tuple(map(max, self.start, other.start))
+        return Region(start, tuple(map(max, start, map(min, self.stop, other.stop))))
+
+    def relative_to(self, origin: Sequence[int]) -> Region:
+        """The same region in coordinates that start at `origin`."""
+        return Region(
+            tuple(a - o for a, o in zip(self.start, origin, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, origin, strict=True)),
+        )
+
+    def __str__(self) -> str:
+        return ",".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True))
+
+
+def parse_region(text: str, shape: Sequence[int]) -> Region:
+    """The region written as `z0:z1,y0:y1,x0:x1` inside an array of `shape`.
+
+    A side may be left out (`:90` or `10:`), a negative number counts from the end, and `:` is a
+    whole axis, as in Python.
+
+    Raises:
+        UsageError: wrong number of axes, not integers, empty, or outside the volume.
+
+    """
+    parts = text.split(",")
+    axes = "zyx"[-len(shape) :] if len(shape) <= 3 else "tzyx"
+    if len(parts) != len(shape):
+        raise UsageError(
+            f"region {text!r} has {len(parts)} axes, the volume has {len(shape)} ({axes}): "
+            f"write {','.join(f'{a}0:{a}1' for a in axes)}"
+        )
+    bounds = [_parse_interval(p, n, text) for p, n in zip(parts, shape, strict=True)]
+    return Region(tuple(a for a, _ in bounds), tuple(b for _, b in bounds))
+
+
+def _parse_interval(part: str, length: int, text: str) -> tuple[int, int]:
+    sides = part.split(":")
+    try:
+        if len(sides) != 2:
+            raise ValueError
+        first, last = (int(s) if s.strip() else None for s in sides)
+    except ValueError:
+        raise UsageError(
+            f"region {text!r}: {part!r} is not an interval of integers; write it as 0:{length}"
+        ) from None
+    start = 0 if first is None else first + length * (first < 0)
+    stop = length if last is None else last + length * (last < 0)
+    if not 0 <= start < stop <= length:
+        raise UsageError(
+            f"region {text!r}: {part!r} is empty or outside the axis, which runs from 0 to {length}"
+        )
+    return start, stop
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One core of a grid: its number and the region that it writes."""
+
+    index: int
+    core: Region
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGrid:
+    """The cores that tile `region` of a volume exactly once, numbered in raster order.
+
+    Cores lie on a lattice from the volume's origin with period `core_shape`, so that a core never
+    moves with the region; they are clipped at the region. Only cores that touch it are counted.
+    """
+
+    region: Region
+    core_shape: Vec
+
+    def __post_init__(self) -> None:
+        assert all(c > 0 for c in self.core_shape), self.core_shape
+
+    @property
+    def first(self) -> Vec:
+        """Lattice position of the first core."""
+        return tuple(a // c for a, c in zip(self.region.start, self.core_shape, strict=True))
+
+    @property
+    def shape(self) -> Vec:
+        """Number of cores along each axis."""
+        return tuple(
+            ceil_div(b, c) - f if n else 0
+            for b, c, f, n in zip(
+                self.region.stop, self.core_shape, self.first, self.region.shape, strict=True
+            )
+        )
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: int) -> Block:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        position, rest = [], index
+        for n in reversed(self.shape):
+            rest, p = divmod(rest, n)
+            position.append(p)
+        lattice = tuple(f + p for f, p in zip(self.first, reversed(position), strict=True))
+        start = tuple(p * c for p, c in zip(lattice, self.core_shape, strict=True))
+        stop = tuple(a + c for a, c in zip(start, self.core_shape, strict=True))
+        return Block(index, Region(start, stop).intersect(self.region))
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """The grid as Dask chunks of the region: the lengths of the cores along each axis."""
+        return tuple(
+            tuple(min(b, (f + i + 1) * c) - max(a, (f + i) * c) for i in range(n))
+            for a, b, c, f, n in zip(
+                self.region.start,
+                self.region.stop,
+                self.core_shape,
+                self.first,
+                self.shape,
+                strict=True,
+            )
+        )
+
+
+def tiles_of(core: Region, tile_shape: Sequence[int]) -> Iterator[Region]:
+    """The tiles of the lattice that touch `core`, whole (not clipped), in raster order."""
+    unclipped = BlockGrid(_lattice_hull(core, tile_shape), tuple(tile_shape))
+    return (block.core for block in unclipped)
+
+
+def _lattice_hull(region: Region, period: Sequence[int]) -> Region:
+    return Region(
+        tuple(a // p * p for a, p in zip(region.start, period, strict=True)),
+        tuple(round_up(b, p) for b, p in zip(region.stop, period, strict=True)),
+    )
+
+
+def core_shape(wanted: Sequence[int], tile: Sequence[int], write_unit: Sequence[int]) -> Vec:
+    """`wanted` rounded up to whole tiles and whole write units on each axis."""
+    return tuple(
+        round_up(max(1, w), math.lcm(t, u))
+        for w, t, u in zip(wanted, tile, write_unit, strict=True)
+    )
+
+
+def mirror(index: int, length: int) -> int:
+    """Where voxel `index` of an infinite mirrored axis lies in the real one of `length` voxels.
+
+    The mirror stands on the outermost voxel (numpy's `reflect`: 2 1 0 1 2) and repeats where an
+    axis is shorter than the halo; an axis of one voxel repeats it.
+    """
+    if length == 1:
+        return 0
+    period = 2 * (length - 1)
+    folded = index % period
+    return min(folded, period - folded)
+
+
+def mirrored_axis(start: int, stop: int, length: int) -> tuple[int, int, list[int] | None]:
+    """What to read for the mirrored interval [start, stop) of an axis of `length` voxels.
+
+    Returns the half-open interval to read from the volume, and for each voxel of the mirrored
+    interval its position within what was read, or None where that is the identity.
+    """
+    if start >= 0 and stop <= length:
+        return start, stop, None
+    indices = [mirror(i, length) for i in range(start, stop)]
+    low, high = min(indices), max(indices)
+    return low, high + 1, [i - low for i in indices]

@@ -1,0 +1,112 @@
+"""Reaching a Ray cluster, or starting a private one on this machine; resources and threads.
+
+Without an address a Ray of its own starts, reachable from this machine only, with token
+authentication on, and ends with the block. With an address (or RAY_ADDRESS, which `ray job submit`
+sets) the running cluster is used and left running.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+import torch
+
+from bigseg.engine import available_cpus
+from bigseg.errors import ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Read by Ray when it starts; set only where the user has not.
+_ENVIRONMENT = {
+    # No usage reports: what a lab segments is nobody else's business.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's coming default; without it every GPU-less actor warns (ray 2.60).
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Needed by clients of a cluster whose address is given (ray 2.60 never turns it on by itself).
+    "RAY_AUTH_MODE": "token",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to work with, over all nodes."""
+
+    n_cpus: int
+    n_gpus: int
+    n_nodes: int
+    is_local: bool
+
+    @property
+    def device(self) -> str:
+        """`cuda` where the cluster has GPUs, else `cpu`."""
+        return "cuda" if self.n_gpus else "cpu"
+
+
+@contextmanager
+def connect(address: str | None, *, n_cpus: int | None = None) -> Iterator[Cluster]:
+    """A Ray to work with: the running one at `address` or RAY_ADDRESS, else a private local one.
+
+    `n_cpus` limits a private one; by default it has all processors that this process may use.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield _resources(is_local=False)
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    is_local = target == "local"
+    try:
+        ray.init(
+            address=target,
+            num_cpus=(n_cpus or available_cpus()) if is_local else None,
+            include_dashboard=False if is_local else None,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ResourceError(
+            f"no Ray cluster could be reached at {target!r} ({reason}): check the address and the "
+            "token (RAY_AUTH_TOKEN_PATH), or leave --address out to run on this machine"
+        ) from error
+    try:
+        yield _resources(is_local=is_local)
+    finally:
+        ray.shutdown()
+
+
+def set_worker_threads(n_threads: int) -> None:
+    """Give this worker process `n_threads` for torch, and make sure that they are set.
+
+    Ray sets OMP_NUM_THREADS from the actor's CPUs before libraries load; torch may have read
+    another value.
+
+    Raises:
+        ResourceError: torch did not take the setting.
+    """
+    torch.set_num_threads(n_threads)
+    if torch.get_num_threads() != n_threads:
+        raise ResourceError(
+            f"torch uses {torch.get_num_threads()} threads where {n_threads} were set: unset "
+            "OMP_NUM_THREADS and MKL_NUM_THREADS"
+        )
+
+
+def _resources(*, is_local: bool) -> Cluster:
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, object]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return Cluster(
+        n_cpus=int(total.get("CPU", 0)),
+        n_gpus=int(total.get("GPU", 0)),
+        n_nodes=sum(bool(node["Alive"]) for node in nodes),
+        is_local=is_local,
+    )

@@ -1,0 +1,356 @@
+"""The typed settings of a network, a model, and a training run; YAML in and out.
+
+All values are frozen and checked once, here, at the edge. Axis tuples are in the order z, y, x
+(3-D) or y, x (2-D). Lengths are in voxels unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bigseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MAX_CONFIG_BYTES = 1 << 20
+
+Positive = Annotated[int, Field(ge=1)]
+Axes = tuple[int, ...]
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class UNetSpec(Settings):
+    """The U-Net of Ronneberger et al. 2015 (2-D) and Cicek et al. 2016 (3-D), layer by layer.
+
+    Level 0 is the finest. Level l has `n_convs` convolutions of `kernels[l]` with `widths[l]`
+    channels on the contracting path, and as many again on the expanding path except at the bottom.
+    Between levels l and l+1 lie a max pooling and an up-convolution of `strides[l]`.
+    """
+
+    dims: Literal[2, 3]
+    in_channels: Positive = 1
+    out_channels: Positive
+    widths: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]
+    kernels: tuple[tuple[Positive, ...], ...]
+    strides: tuple[tuple[Positive, ...], ...]
+    n_convs: Annotated[int, Field(ge=1, le=8)] = 2
+    norm: Literal["batch", "none"] = "batch"
+    padding: Literal["valid", "same"] = "valid"
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if len(self.kernels) != len(self.widths) or len(self.strides) != len(self.widths) - 1:
+            raise ValueError(
+                f"{len(self.widths)} widths need {len(self.widths)} kernels and "
+                f"{len(self.widths) - 1} strides, not {len(self.kernels)} and {len(self.strides)}"
+            )
+        if any(len(v) != self.dims for v in (*self.kernels, *self.strides)):
+            raise ValueError(f"each kernel and stride needs {self.dims} numbers, one for each axis")
+        if any(k % 2 == 0 for kernel in self.kernels for k in kernel):
+            raise ValueError("kernel sizes must be odd, so that the halo is the same on both sides")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Number of poolings."""
+        return len(self.strides)
+
+    @classmethod
+    def build(
+        cls,
+        dims: Literal[2, 3],
+        *,
+        out_channels: int,
+        depth: int,
+        width: int,
+        in_channels: int = 1,
+        voxel_um: Sequence[float] | None = None,
+        padding: Literal["valid", "same"] = "valid",
+    ) -> UNetSpec:
+        """A U-Net whose width doubles at every level.
+
+        With `voxel_um` an axis whose voxels are at least twice as long as the shortest axis' is
+        neither pooled nor convolved until pooling has brought the others up to it (the rule of the
+        anisotropic 3-D U-Nets; Isensee et al. 2021).
+        """
+        size = [float(v) for v in voxel_um] if voxel_um is not None else [1.0] * dims
+        kernels: list[tuple[int, ...]] = []
+        strides: list[tuple[int, ...]] = []
+        for _ in range(depth + 1):
+            coarse = [s >= 2.0 * min(size) * (1 - 1e-3) for s in size]
+            kernels.append(tuple(1 if c else 3 for c in coarse))
+            stride = tuple(1 if c else 2 for c in coarse)
+            strides.append(stride)
+            size = [s * f for s, f in zip(size, stride, strict=True)]
+        return cls(
+            dims=dims,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            widths=tuple(width * 2**level for level in range(depth + 1)),
+            kernels=tuple(kernels),
+            strides=tuple(strides[:depth]),
+            padding=padding,
+        )
+
+
+class NormRule(Settings):
+    """How intensities become network input: (intensity - offset) / scale, constants by rule.
+
+    percentile: offset is the `low` percentile, scale the distance to the `high` one.
+    meanstd: offset is the mean, scale the standard deviation.
+    fixed: `offset` and `scale` as given, the same for every volume.
+    """
+
+    kind: Literal["percentile", "meanstd", "fixed"] = "percentile"
+    low: Annotated[float, Field(ge=0, le=100)] = 1.0
+    high: Annotated[float, Field(ge=0, le=100)] = 99.8
+    offset: float = 0.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low percentile {self.low} must be below high percentile {self.high}")
+        return self
+
+
+class NormConstants(Settings):
+    """What a rule gave for one volume: input = (intensity - offset) / scale, for each channel."""
+
+    offset: tuple[float, ...]
+    scale: tuple[Annotated[float, Field(gt=0)], ...]
+    level: int = 0
+    n_voxels: int = 0
+
+
+class ModelCard(Settings):
+    """All that segmenting needs to know about a model; it travels in the model file's header."""
+
+    format: Literal[1] = 1
+    spec: UNetSpec
+    classes: tuple[str, ...]
+    task: Literal["semantic", "boundary"] = "semantic"
+    voxel_um: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    norm: NormRule = NormRule()
+    norm_constants: NormConstants | None = None
+    channels: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    trained: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.classes) != self.spec.out_channels:
+            raise ValueError(
+                f"{len(self.classes)} class names for {self.spec.out_channels} output channels"
+            )
+        if self.voxel_um is not None and len(self.voxel_um) != self.spec.dims:
+            raise ValueError(f"voxel_um needs {self.spec.dims} numbers")
+        return self
+
+
+class AugmentConfig(Settings):
+    """Ranges of the random changes to training patches; 0 switches one off.
+
+    Elastic deformation is that of the U-Net paper: random displacements on a coarse grid with
+    standard deviation `elastic_vox`, interpolated by cubic splines.
+    """
+
+    flip: bool = True
+    rotate90: bool = True
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 180.0
+    tilt_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    elastic_vox: Annotated[float, Field(ge=0)] = 6.0
+    elastic_grid_vox: Annotated[float, Field(ge=4)] = 64.0
+    brightness: Annotated[float, Field(ge=0)] = 0.1
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    noise: Annotated[float, Field(ge=0)] = 0.05
+    blur_vox: Annotated[float, Field(ge=0)] = 0.8
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class NetConfig(Settings):
+    """The network to build; None leaves the choice to bigseg."""
+
+    depth: Annotated[int, Field(ge=0, le=7)] | None = None
+    width: Annotated[int, Field(ge=1, le=1024)] | None = None
+    padding: Literal["valid", "same"] = "valid"
+    anisotropic: bool = True
+
+
+class OptimConfig(Settings):
+    """AdamW under a cosine schedule with linear warm-up."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LossConfig(Settings):
+    """Cross-entropy plus `dice` times a soft Dice loss; both skip ignored voxels.
+
+    With `balance` each class weighs the inverse square root of its share of the annotated voxels.
+    """
+
+    dice: Annotated[float, Field(ge=0)] = 1.0
+    balance: bool = False
+
+
+class TrainConfig(Settings):
+    """A training run, whole; what `config.yaml` holds.
+
+    `images` are OME-Zarr locations, each with labels `labels`. `region` and `val_region` are
+    written z0:z1,y0:y1,x0:x1 at `level`. With `task: boundary` the classes background, inside and
+    border are derived from instance labels, with borders `border_vox` wide.
+    """
+
+    images: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: str
+    level: Annotated[int, Field(ge=0)] = 0
+    channels: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    time: Annotated[int, Field(ge=0)] | None = None
+    region: str | None = None
+    val_region: str | None = None
+    task: Literal["semantic", "boundary"] = "semantic"
+    classes: tuple[str, ...] | None = None
+    ignore: int | None = None
+    border_vox: Annotated[float, Field(gt=0)] = 2.0
+    dims: Literal[2, 3] | None = None
+    net: NetConfig = NetConfig()
+    norm: NormRule = NormRule()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    patch: Axes | None = None
+    batch: Positive | None = None
+    steps: Positive = 1000
+    val_every: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    workers: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class SegmentConfig(Settings):
+    """What a user says about one segmentation; everything else is decided by the plan."""
+
+    image: str
+    model: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = "bigseg"
+    out: str | None = None
+    output: Literal["labels", "probabilities"] = "labels"
+    prob_dtype: Literal["uint8", "float16", "float32"] = "uint8"
+    level: Annotated[int, Field(ge=0)] | None = None
+    channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    time: Annotated[int, Field(ge=0)] | None = None
+    region: str | None = None
+    block: Axes | None = None
+    tile: Axes | None = None
+    workers: Positive | None = None
+    executor: Literal["ray", "serial"] = "ray"
+    address: str | None = None
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    norm: Literal["volume", "model"] = "volume"
+    overwrite: bool = False
+
+
+def load_train_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The training settings of a YAML file, with `overrides` (from the command line) on top.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest known one), a wrong value, no mapping,
+            a file that is too large or not YAML.
+
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    return parse_settings(TrainConfig, {**values, **overrides}, source=str(path or "options"))
+
+
+def dump_yaml(settings: Settings) -> str:
+    """The settings as YAML that `load_train_config` reads back to an equal value."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"configuration {path} has more than {MAX_CONFIG_BYTES} bytes: give a smaller file"
+            )
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error}; check the path") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigError(f"configuration {path} is not valid YAML: {where}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"configuration {path} must be a mapping of settings, such as `steps: 500`"
+        )
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses repeated keys; PyYAML silently takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if repeated:
+            raise yaml.YAMLError(f"key {repeated[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def parse_settings(model: type[S], values: Mapping[str, Any], *, source: str) -> S:
+    """`values` as a checked `model`, with errors in one sentence that name the key.
+
+    Raises:
+        ConfigError: for the first key that is unknown or has a wrong value.
+
+    """
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_sentence(model, error, source)) from None
+
+
+def _sentence(model: type[Settings], error: pydantic.ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(model, first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{source}: unknown setting {key!r}{hint}"
+    if first["type"] == "missing":
+        return f"{source}: the setting {key!r} is missing; give it"
+    given = first["input"]
+    shown = f" = {given!r}" if isinstance(given, str | int | float | bool | list | tuple) else ""
+    if isinstance(given, float) and not math.isfinite(given):
+        return f"{source}: {key}{shown} is not a finite number; give one"
+    return f"{source}: {key}{shown}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_beside(model: type[Settings], location: tuple[int | str, ...]) -> list[str]:
+    current: type[Settings] = model
+    for part in location[:-1]:
+        field = current.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if isinstance(annotation, type) and issubclass(annotation, Settings):
+            current = annotation
+    return list(current.model_fields)

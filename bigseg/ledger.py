@@ -1,0 +1,143 @@
+"""What is finished: the stored plan and one mark for every block of every stage.
+
+    <output>/ledger/           attributes: plan, finished
+    <output>/ledger/predict    uint32, one value a block: 0 not done, else a checksum of its bytes
+    <output>/ledger/pyramid-1  ...
+
+Only the driver writes it, and only after a worker's write has returned. Blocks are idempotent, so a
+lost mark costs one block computed again. On disk a block of zeros and a block never written look
+the same: what is done is what the ledger says.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+
+from bigseg import store
+from bigseg.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+MARKS_PER_CHUNK = 1 << 16
+FLUSH_EVERY_S = 5.0
+
+
+class Ledger:
+    """The marks of one output; `create` a new one or `open` the one that is there."""
+
+    def __init__(self, url: str, group: zarr.Group, clock: Callable[[], float]) -> None:
+        self.url = url
+        self._group = group
+        self._clock = clock
+        self._flushed_at = clock()
+        self._marks: dict[str, NDArray[np.uint32]] = {}
+        self._changed: set[tuple[str, int]] = set()
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        plan: Mapping[str, Any],
+        n_blocks: Mapping[str, int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Ledger:
+        """An empty ledger at `url` for stages with these numbers of blocks.
+
+        Raises:
+            OutputError: the place cannot be written.
+        """
+        try:
+            group = zarr.create_group(store=url, zarr_format=3)
+            for stage, n in n_blocks.items():
+                group.create_array(
+                    stage,
+                    shape=(n,),
+                    chunks=(min(max(n, 1), MARKS_PER_CHUNK),),
+                    dtype="uint32",
+                    fill_value=0,
+                    compressors=[ZstdCodec(level=1, checksum=True)],
+                )
+            # Last: a ledger without a plan is one that was never finished being made.
+            group.attrs["plan"] = dict(plan)
+        except OSError as error:
+            raise OutputError(f"the ledger {url} cannot be written: {error}") from error
+        return cls(url, group, clock)
+
+    @classmethod
+    def open(cls, url: str, *, clock: Callable[[], float] = time.monotonic) -> Ledger | None:
+        """The ledger at `url`, or None where there is none."""
+        if not store.exists(url):
+            return None
+        group = zarr.open_group(url, mode="r+")
+        return cls(url, group, clock) if "plan" in group.attrs else None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan that the marks belong to, as it was stored."""
+        plan = self._group.attrs["plan"]
+        assert isinstance(plan, dict)
+        return dict(plan)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage is complete and the result has been listed."""
+        return bool(self._group.attrs.get("finished", False))
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Note that the output is complete, with the figures of the run."""
+        self.flush()
+        self._group.attrs.update({"finished": True, "record": dict(record)})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The figures noted by `finish`."""
+        record = self._group.attrs.get("record", {})
+        assert isinstance(record, dict)
+        return dict(record)
+
+    def left(self, stage: str) -> Iterator[int]:
+        """The blocks of a stage that are not done, in order; a snapshot of this moment."""
+        return iter(np.flatnonzero(self._of(stage) == 0).tolist())
+
+    def n_done(self, stage: str) -> int:
+        """Number of finished blocks of a stage."""
+        return int(np.count_nonzero(self._of(stage)))
+
+    def checksum(self, stage: str, block: int) -> int:
+        """The mark of a block; 0 where it is not done."""
+        return int(self._of(stage)[block])
+
+    def mark(self, stage: str, block: int, checksum: int) -> None:
+        """Note that a block is written; reaches the store within a few seconds or at `flush`."""
+        assert checksum != 0, "0 means not done"
+        self._of(stage)[block] = checksum
+        self._changed.add((stage, block // MARKS_PER_CHUNK))
+        if self._clock() - self._flushed_at >= FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the chunks of marks that changed."""
+        for stage, chunk in sorted(self._changed):
+            part = slice(chunk * MARKS_PER_CHUNK, (chunk + 1) * MARKS_PER_CHUNK)
+            self._array(stage)[part] = self._of(stage)[part]
+        self._changed.clear()
+        self._flushed_at = self._clock()
+
+    def _of(self, stage: str) -> NDArray[np.uint32]:
+        if stage not in self._marks:
+            self._marks[stage] = np.asarray(self._array(stage)[:], dtype=np.uint32)
+        return self._marks[stage]
+
+    def _array(self, stage: str) -> zarr.Array[Any]:
+        array = self._group[stage]
+        assert isinstance(array, zarr.Array)
+        return array

@@ -1,0 +1,252 @@
+"""How far a long loop is: a live bar on a terminal, a plain line now and then elsewhere.
+
+The library gets a `Progress` injected and never chooses one; `NullProgress` says nothing. Units
+are whatever the loop counts (blocks, steps); voxels, where they are told, give the rate. What was
+done before the loop began (`done`) counts as done, but not in the rate.
+
+    segment  412/1331 blocks  31 %  18.4 Mvox/s  left 0:04:10
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+
+from bigseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import rich.console
+    import rich.progress
+
+Kind = Literal["auto", "rich", "plain", "none"]
+
+INTERVAL_S = 10.0
+
+
+class Task(Protocol):
+    """One running loop."""
+
+    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
+        """Note that `n` more units, with `voxels` voxels in them, are done."""
+
+
+class Progress(Protocol):
+    """Where loops report."""
+
+    def task(
+        self, label: str, *, total: int, unit: str, done: int = 0
+    ) -> AbstractContextManager[Task]:
+        """A loop over `total` units begins, of which `done` were done earlier."""
+
+
+def make_progress(
+    stream: TextIO,
+    *,
+    kind: Kind = "auto",
+    clock: Callable[[], float] = time.monotonic,
+    interval_s: float = INTERVAL_S,
+) -> Progress:
+    """A progress display on `stream`; `auto` is `rich` on a terminal and `plain` elsewhere.
+
+    `plain` writes a first line, one every `interval_s` seconds, and a last one.
+
+    Raises:
+        UsageError: unknown kind.
+    """
+    if kind == "auto":
+        kind = "rich" if stream.isatty() else "plain"
+    if kind == "rich":
+        return _RichProgress(stream, clock)
+    if kind == "plain":
+        return _PlainProgress(stream, clock, interval_s)
+    if kind == "none":
+        return NullProgress()
+    raise UsageError(f"progress {kind!r} is not known: choose auto, rich, plain or none")
+
+
+class NullProgress:
+    """Reports nothing."""
+
+    @contextmanager
+    def task(self, label: str, *, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """Yields a task that ignores what it is told."""
+        yield _NullTask()
+
+
+class _NullTask:
+    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
+        pass
+
+
+@dataclass
+class _Meter:
+    """Counts, and the words for them."""
+
+    label: str
+    total: int
+    unit: str
+    done: int
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.start_s = self.clock()
+        self.n_here = 0
+        self.n_voxels = 0
+
+    def add(self, n: int, voxels: int) -> None:
+        self.done += n
+        self.n_here += n
+        self.n_voxels += voxels
+
+    def line(self, ending: str | None = None) -> str:
+        """All that is known; `ending` (such as 'in') gives the time passed instead of left."""
+        percent = 100
+        if self.done < self.total:
+            percent = min(99, round(100 * self.done / self.total))
+        parts = [self.label, f"{self.done}/{self.total} {self.unit}", f"{percent} %"]
+        return "  ".join([*parts, *self.tail(ending)])
+
+    def tail(self, ending: str | None = None) -> list[str]:
+        """The rate and the time left, as far as they are known."""
+        passed = self.clock() - self.start_s
+        parts = []
+        if self.n_here and passed > 0:
+            what, n = ("vox", self.n_voxels) if self.n_voxels else (self.unit, self.n_here)
+            parts.append(_rate(n / passed, what))
+        if ending is not None:
+            parts.append(f"{ending} {_hours(passed)}")
+        elif self.n_here:
+            parts.append(f"left {_hours(passed / self.n_here * (self.total - self.done))}")
+        return parts
+
+
+@dataclass
+class _PlainTask:
+    meter: _Meter
+    stream: TextIO
+    interval_s: float
+
+    def __post_init__(self) -> None:
+        self.next_s = self.meter.start_s + self.interval_s
+
+    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
+        self.meter.add(n, voxels)
+        now = self.meter.clock()
+        if now >= self.next_s:
+            self.next_s = now + self.interval_s
+            self.say()
+
+    def say(self, ending: str | None = None) -> None:
+        self.stream.write(self.meter.line(ending) + "\n")
+        self.stream.flush()
+
+
+@dataclass(frozen=True)
+class _PlainProgress:
+    stream: TextIO
+    clock: Callable[[], float]
+    interval_s: float
+
+    @contextmanager
+    def task(self, label: str, *, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        task = _PlainTask(
+            _Meter(label, total, unit, done, self.clock), self.stream, self.interval_s
+        )
+        task.say()
+        try:
+            yield task
+        except BaseException:
+            task.say("stopped after")
+            raise
+        task.say("in")
+
+
+@dataclass(frozen=True)
+class _RichTask:
+    meter: _Meter
+    display: rich.progress.Progress
+    task_id: rich.progress.TaskID
+
+    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
+        self.meter.add(n, voxels)
+        self.show()
+
+    def show(self, ending: str | None = None) -> None:
+        tail = "  ".join(self.meter.tail(ending))
+        self.display.update(self.task_id, completed=self.meter.done, tail=tail)
+
+
+class _RichProgress:
+    """One live display for all tasks that run at a time; finished ones stay on the screen."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=stream)
+        self._clock = clock
+        self._display: rich.progress.Progress | None = None
+        self._n_running = 0
+
+    @contextmanager
+    def task(self, label: str, *, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        display = self._started()
+        # A total of zero would pulse for ever.
+        task_id = display.add_task(
+            label, total=max(total, 1), completed=done if total else 1, unit=unit, tail=""
+        )
+        task = _RichTask(_Meter(label, total, unit, done, self._clock), display, task_id)
+        ending = "stopped after"
+        try:
+            yield task
+            ending = "in"
+        finally:
+            task.show(ending)
+            self._stop(display)
+
+    def _started(self) -> rich.progress.Progress:
+        if self._display is None:
+            self._display = _bars(self._console)
+            self._display.start()
+        self._n_running += 1
+        return self._display
+
+    def _stop(self, display: rich.progress.Progress) -> None:
+        self._n_running -= 1
+        if not self._n_running:
+            self._display = None
+            display.stop()
+
+
+def _bars(console: rich.console.Console) -> rich.progress.Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        progress.TextColumn("{task.percentage:>3.0f} %"),
+        progress.TextColumn("{task.fields[tail]}"),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def _rate(per_second: float, what: str) -> str:
+    """Three digits with a decimal prefix ('18.4 Mvox/s'); slow rates by the hour ('90.0 steps/h')."""
+    if per_second < 0.1:
+        return f"{per_second * 3600:.1f} {what}/h"
+    prefix = min(4, max(0, int(math.log10(per_second) / 3 + 1e-9)))
+    value = per_second / 1000**prefix
+    digits = max(0, 2 - max(0, math.floor(math.log10(value) + 1e-9)))
+    return f"{value:.{digits}f} {['', 'k', 'M', 'G', 'T'][prefix]}{what}/s"
+
+
+def _hours(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
