@@ -9,13 +9,14 @@ patches nor networks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.blocks import BlockGrid, Region, Vec, round_up
-from bigseg.errors import InputError
+from bigseg.blocks import BlockGrid, Region, Vec, parse_region, round_up
+from bigseg.errors import ConfigError, InputError, UsageError
 from bigseg.targets import IGNORE, boundary, boundary_margin_vox, semantic
 from bigseg.volume import Volume, open_volume
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 256
 BLOCK_VOXELS = 1 << 22
+HELD_OUT = 0.2
+VALIDATION_VOXELS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,14 @@ class Annotated:
             counts += np.bincount(values.astype(np.int64), minlength=MAX_CLASSES)
         return counts
 
-    def count_annotated(self, region: Region) -> tuple[int, int]:
+    def count_annotated(self, region: Region) -> NDArray[np.int64]:
         """Voxels of the region that are annotated, and those of them that belong to an object."""
-        n_annotated = n_objects = 0
+        counts = np.zeros(2, np.int64)
         for block in self.blocks(region):
             labels = self.read_labels(block)
             annotated = labels != self.config.ignore
-            n_annotated += int(np.count_nonzero(annotated))
-            n_objects += int(np.count_nonzero(annotated & (labels != 0)))
-        return n_annotated, n_objects
+            counts += np.count_nonzero(annotated), np.count_nonzero(annotated & (labels != 0))
+        return counts
 
     def count_classes(self, region: Region, *, dims: int, n_classes: int) -> NDArray[np.int64]:
         """Voxels of each target class in the region."""
@@ -158,6 +160,81 @@ def open_annotated(url: str, config: TrainConfig) -> Annotated:
             "integers: convert them"
         )
     return Annotated(image, labels, config)
+
+
+def split(annotated: Annotated) -> tuple[Region, Region]:
+    """The regions to learn from and to validate on, along t, z, y, x.
+
+    Without `val_region` the last fifth of the region's planes is held out; of its rows, where it
+    has fewer than five planes. A `val_region` inside the region is left out of it when patches are
+    read.
+
+    Raises:
+        ConfigError: regions, time point or channels that the image does not have.
+    """
+    config = annotated.config
+    _check_place(annotated, config)
+    train = _place(annotated, config.region, config)
+    if config.val_region is not None:
+        return train, _place(annotated, config.val_region, config)
+    axis = 1 if train.shape[1] >= 5 else 2
+    n_held = max(1, round(HELD_OUT * train.shape[axis]))
+    cut = train.stop[axis] - n_held
+    if cut <= train.start[axis]:
+        raise ConfigError(
+            f"the region {train} (t, z, y, x) of {annotated.image.url} is too small to hold a part "
+            "out for validation: give val_region"
+        )
+    return (
+        Region(train.start, (*train.stop[:axis], cut, *train.stop[axis + 1 :])),
+        Region((*train.start[:axis], cut, *train.start[axis + 1 :]), train.stop),
+    )
+
+
+def middle(region: Region, *, n_images: int = 1) -> Region:
+    """The middle of a held-out region, which is what validation looks at.
+
+    Its longest axes are cut until it has at most `VALIDATION_VOXELS` / `n_images` voxels.
+    """
+    budget = max(1, VALIDATION_VOXELS // n_images)
+    shape = list(region.shape)
+    while math.prod(shape) > budget:
+        longest = max(range(len(shape)), key=lambda axis: shape[axis])
+        others = math.prod(shape) // shape[longest]
+        second = max((n for axis, n in enumerate(shape) if axis != longest), default=1)
+        fitting = max(1, budget // others)
+        shape[longest] = max(fitting, min(second, shape[longest] - 1))
+    start = tuple(
+        a + (n - s) // 2 for a, n, s in zip(region.start, region.shape, shape, strict=True)
+    )
+    return Region(start, tuple(a + n for a, n in zip(start, shape, strict=True)))
+
+
+def _check_place(annotated: Annotated, config: TrainConfig) -> None:
+    image = annotated.image
+    if config.time is not None and config.time >= image.shape[0]:
+        raise ConfigError(
+            f"time: {config.time} is not in {image.url}, which has the time points 0 to "
+            f"{image.shape[0] - 1}: give one of those"
+        )
+    if missing := [c for c in config.channels if c >= image.n_channels]:
+        raise ConfigError(
+            f"channels: {missing[0]} is not in {image.url}, which has the channels 0 to "
+            f"{image.n_channels - 1}: give some of those"
+        )
+
+
+def _place(annotated: Annotated, text: str | None, config: TrainConfig) -> Region:
+    image = annotated.image
+    n_spatial = len(image.spatial_axes)
+    shape = image.shape[-n_spatial:]
+    try:
+        spatial = Region.of_shape(shape) if text is None else parse_region(text, shape)
+    except UsageError as error:
+        raise ConfigError(f"{image.url}: {error}") from None
+    first, last = (0, image.shape[0]) if config.time is None else (config.time, config.time + 1)
+    fill = 3 - n_spatial
+    return Region((first, *(0,) * fill, *spatial.start), (last, *(1,) * fill, *spatial.stop))
 
 
 def _block_shape(volume: Volume) -> Vec:

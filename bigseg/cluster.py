@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,8 +29,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's coming default; without it every GPU-less actor warns (ray 2.60).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Needed by clients of a cluster whose address is given (ray 2.60 never turns it on by itself).
-    "RAY_AUTH_MODE": "token",
 }
 
 
@@ -60,10 +59,12 @@ def connect(address: str | None, *, n_cpus: int | None = None) -> Iterator[Clust
     if ray.is_initialized():
         yield _resources(is_local=False)
         return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     is_local = target == "local"
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if is_local:
+        _use_private_token()
     try:
         ray.init(
             address=target,
@@ -75,13 +76,23 @@ def connect(address: str | None, *, n_cpus: int | None = None) -> Iterator[Clust
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ResourceError(
-            f"no Ray cluster could be reached at {target!r} ({reason}): check the address and the "
-            "token (RAY_AUTH_TOKEN_PATH), or leave --address out to run on this machine"
+            f"no Ray cluster could be reached at {target!r} ({reason}): check the address, set "
+            "RAY_AUTH_MODE=token where the cluster asks for a token, or leave --address out"
         ) from error
     try:
         yield _resources(is_local=is_local)
     finally:
         ray.shutdown()
+
+
+def _use_private_token() -> None:
+    """A token that lives in this process and its workers, and in no file, unless the user has one.
+
+    Ray (2.60) turns authentication on for a cluster that `ray.init` starts; without a token it
+    would write a file that others of the machine can read.
+    """
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def set_worker_threads(n_threads: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.blocks import BlockGrid, Region
+from bigseg.blocks import BlockGrid, Region, parse_region
 from bigseg.errors import InputError
 from bigseg.metrics import (
     Contingency,
@@ -29,6 +29,7 @@ from bigseg.metrics import (
     seg_score,
     variation_of_information,
 )
+from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from bigseg.blocks import Vec
     from bigseg.volume import Volume
 
-__all__ = ["Contingency", "Scores", "evaluate", "scores"]
+__all__ = ["Contingency", "Scores", "evaluate", "evaluate_urls", "scores"]
 
 MAX_BLOCK_VOXELS = 2**24
 MAX_CLASSES = 256
@@ -159,6 +160,29 @@ def evaluate(
     return scores([_table(pred, truth, frame, ignore) for frame in frames])
 
 
+def evaluate_urls(
+    pred: str, truth: str, *, region: str | None = None, ignore: int | None = None
+) -> Scores:
+    """The scores of the labels at `pred` against those at `truth`, both at level 0.
+
+    `region` is written z0:z1,y0:y1,x0:x1 (y0:y1,x0:x1 for planes) and holds for all time points.
+
+    Raises:
+        UsageError: the region is malformed, empty, or outside.
+        InputError: as `evaluate`, or there is no such image.
+    """
+    pred_volume, truth_volume = open_volume(pred), open_volume(truth)
+    part = None if region is None else _spatial_region(truth_volume, region)
+    return evaluate(pred_volume, truth_volume, region=part, ignore=ignore)
+
+
+def _spatial_region(volume: Volume, text: str) -> Region:
+    n_spatial = len(volume.spatial_axes)
+    spatial = parse_region(text, volume.shape[-n_spatial:])
+    rest = volume.shape[:-n_spatial]
+    return Region((0,) * len(rest) + spatial.start, rest + spatial.stop)
+
+
 def scores(tables: Sequence[Contingency]) -> Scores:
     """The scores of voxels counted before, one table for each time point or separate image."""
     classes = Contingency.merged(tables)
@@ -184,7 +208,7 @@ def _are_classes(table: Contingency) -> bool:
 
 
 def _table(pred: Volume, truth: Volume, frame: Region, ignore: int | None) -> Contingency:
-    grid = BlockGrid(frame, _block_shape(truth.chunk_shape, truth.shape))
+    grid = BlockGrid(frame, _block_shape(truth.chunk_shape, truth.shape, limit=MAX_BLOCK_VOXELS))
     return Contingency.merged(
         Contingency.of(pred.read(b.core), truth.read(b.core), ignore_truth=ignore) for b in grid
     )
@@ -194,7 +218,7 @@ def _frame(region: Region, t: int) -> Region:
     return Region((t, *region.start[1:]), (t + 1, *region.stop[1:]))
 
 
-def _block_shape(chunk: Vec, shape: Vec, *, limit: int = MAX_BLOCK_VOXELS) -> Vec:
+def _block_shape(chunk: Vec, shape: Vec, *, limit: int) -> Vec:
     """One time point of whole chunks of at most `limit` voxels, or a part of one larger chunk."""
     block = [1, *(min(c, n) for c, n in zip(chunk[1:], shape[1:], strict=True))]
     while math.prod(block) > limit:

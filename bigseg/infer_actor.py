@@ -99,11 +99,12 @@ class RayExecutor:
         while True:
             for member in self._pool:
                 self._feed(member, stage, book)
-            flying = [ref for member in self._pool for ref, _ in member.flying]
-            if not flying:
+            # An actor answers its oldest lease first; its later ones are not ready before.
+            oldest = {member.flying[0][0]: member for member in self._pool if member.flying}
+            if not oldest:
                 return
-            ready, _ = ray.wait(flying, num_returns=1)
-            member = next(m for m in self._pool if any(r == ready[0] for r, _ in m.flying))
+            ready, _ = ray.wait(list(oldest), num_returns=1)
+            member = oldest[ready[0]]
             try:
                 reports, seconds = ray.get(ready[0])
             except RayTaskError:

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from bigseg.errors import InputError, NotOmeZarrError
 from bigseg.store import join
@@ -171,9 +171,7 @@ def multiscale_attributes(
     return {"ome": {"version": ms.version, **ome}, **(extra or {})}
 
 
-def labels_attributes(
-    names: Sequence[str], *, version: Literal["0.4", "0.5"] | str
-) -> dict[str, Any]:
+def labels_attributes(names: Sequence[str], *, version: str) -> dict[str, Any]:
     """The attributes of a `labels` group that lists these label images.
 
     0.5 demands the version beside the list; without it other programs reject the whole image.

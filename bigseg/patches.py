@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from bigseg.statistics import normalise
 from bigseg.targets import IGNORE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -116,6 +116,9 @@ class Batch:
     target: Tensor
 
 
+Stream: TypeAlias = "Generator[Batch, None, None]"
+
+
 @dataclass(frozen=True)
 class _Raw:
     """One patch as read: image (c, *s) float32, target (*s'), and the seed of its changes."""
@@ -164,7 +167,7 @@ class PatchSampler:
         )
         return Batch(step, image, target)
 
-    def stream(self, steps: range, *, rank: int = 0, n_threads: int = 1) -> Iterator[Batch]:
+    def stream(self, steps: range, *, rank: int = 0, n_threads: int = 1) -> Stream:
         """The batches of `steps` in order; at most `n_threads` + 1 are drawn ahead, in threads.
 
         An error in a thread is raised where its batch would have come.
@@ -250,7 +253,7 @@ class _Reader:
         return target
 
 
-def _ahead(make: Callable[[int], Batch], steps: range, n_threads: int) -> Iterator[Batch]:
+def _ahead(make: Callable[[int], Batch], steps: range, n_threads: int) -> Stream:
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="patches")
     waiting: deque[Future[Batch]] = deque()
     try:

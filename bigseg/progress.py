@@ -13,7 +13,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
 from bigseg.errors import UsageError
 
@@ -45,13 +45,23 @@ class Progress(Protocol):
         """A loop over `total` units begins, of which `done` were done earlier."""
 
 
+class Display(Progress, Protocol):
+    """A `Progress` that is also a context manager, and gives itself."""
+
+    def __enter__(self) -> Progress:
+        """Itself."""
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is left to close: each task closes what it opened."""
+
+
 def make_progress(
     stream: TextIO,
     *,
     kind: Kind = "auto",
     clock: Callable[[], float] = time.monotonic,
     interval_s: float = INTERVAL_S,
-) -> Progress:
+) -> Display:
     """A progress display on `stream`; `auto` is `rich` on a terminal and `plain` elsewhere.
 
     `plain` writes a first line, one every `interval_s` seconds, and a last one.
@@ -70,7 +80,15 @@ def make_progress(
     raise UsageError(f"progress {kind!r} is not known: choose auto, rich, plain or none")
 
 
-class NullProgress:
+class _Closing:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class NullProgress(_Closing):
     """Reports nothing."""
 
     @contextmanager
@@ -148,7 +166,7 @@ class _PlainTask:
 
 
 @dataclass(frozen=True)
-class _PlainProgress:
+class _PlainProgress(_Closing):
     stream: TextIO
     clock: Callable[[], float]
     interval_s: float
@@ -182,7 +200,7 @@ class _RichTask:
         self.display.update(self.task_id, completed=self.meter.done, tail=tail)
 
 
-class _RichProgress:
+class _RichProgress(_Closing):
     """One live display for all tasks that run at a time; finished ones stay on the screen."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
@@ -238,7 +256,7 @@ def _bars(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def _rate(per_second: float, what: str) -> str:
-    """Three digits with a decimal prefix ('18.4 Mvox/s'); slow rates by the hour ('90.0 steps/h')."""
+    """Three digits with a decimal prefix ('18.4 Mvox/s'); slow ones by hour ('90.0 steps/h')."""
     if per_second < 0.1:
         return f"{per_second * 3600:.1f} {what}/h"
     prefix = min(4, max(0, int(math.log10(per_second) / 3 + 1e-9)))

@@ -12,21 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigseg.annotations import Annotated, open_annotated
 from bigseg.augment import PatchFrame
-from bigseg.blocks import Region, Vec, parse_region, round_up
+from bigseg.blocks import Region, Vec, round_up
 from bigseg.config import ModelCard, NormConstants, Settings, TrainConfig, UNetSpec
 from bigseg.engine import best_precision
-from bigseg.errors import ConfigError, InputError, UsageError
-from bigseg.losses import balanced_weights
+from bigseg.errors import ConfigError, InputError
 from bigseg.model import footprint
 from bigseg.patches import PatchPlan, PatchSampler, PatchSource
 from bigseg.statistics import norm_constants
-from bigseg.targets import class_names
+from bigseg.survey import Survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,11 +39,8 @@ if TYPE_CHECKING:
 DEFAULT_DEPTH = {2: 4, 3: 3}
 DEFAULT_WIDTH = {2: 32, 3: 16}
 DEFAULT_PATCH = {2: 188, 3: 44}
+PADDED_PATCH = {2: 256, 3: 64}
 DEFAULT_BATCH = {2: 4, 3: 1}
-DEEP_ENOUGH = 32
-FLATTEST = 3.0
-HELD_OUT = 0.2
-VALIDATION_VOXELS = 1 << 22
 
 
 class SourceRecipe(Settings):
@@ -141,57 +137,54 @@ def make_recipe(asked: TrainConfig, *, device: Device) -> Recipe:
         ConfigError: settings that contradict each other or the images.
         InputError: images or labels that cannot be used, or differ in voxel size.
     """
-    opened = [open_annotated(url, asked) for url in asked.images]
-    for annotated in opened:
-        _check_place(annotated, asked)
-    regions = [_split(annotated, asked) for annotated in opened]
-    dims = asked.dims or _choose_dims(opened)
-    _check_dims(opened, dims)
-    voxel_size = _common_voxel_size(opened)[-dims:]
-    classes, annotated_voxels = _choose_classes(opened, regions, asked)
-    spec = _choose_spec(asked, dims, len(classes), voxel_size)
-    extent = _largest_extent([train for train, _ in regions], dims)
+    found = survey(asked)
+    spec = _choose_spec(asked, found)
     config = asked.model_copy(
         update={
-            "dims": dims,
-            "classes": classes,
+            "dims": found.dims,
+            "classes": found.classes,
             "net": asked.net.model_copy(update={"depth": spec.depth, "width": spec.widths[0]}),
-            "patch": _choose_patch(asked, spec, extent),
-            "batch": asked.batch or DEFAULT_BATCH[dims],
+            "patch": _choose_patch(asked, spec, found),
+            "batch": asked.batch or DEFAULT_BATCH[found.dims],
             "val_every": min(asked.steps, asked.val_every or max(50, asked.steps // 10)),
-            "precision": _choose_precision(asked, device),
+            "precision": best_precision(device) if asked.precision == "auto" else asked.precision,
         }
     )
-    constants = [norm_constants(a.image, asked.norm, asked.channels) for a in opened]
+    constants = [norm_constants(a.image, asked.norm, asked.channels) for a in found.images]
+    card = ModelCard(
+        spec=spec,
+        classes=found.classes,
+        task=asked.task,
+        voxel_um=found.voxel_um,
+        norm=asked.norm,
+        norm_constants=_middle(constants),
+        channels=asked.channels,
+    )
     return Recipe(
         asked=asked,
         config=config,
-        card=ModelCard(
-            spec=spec,
-            classes=classes,
-            task=asked.task,
-            voxel_um=_micrometers(opened, dims),
-            norm=asked.norm,
-            norm_constants=_middle(constants),
-            channels=asked.channels,
-        ),
-        voxel_size=voxel_size,
-        sources=tuple(
-            SourceRecipe(
-                url=a.image.url,
-                shape=a.image.shape,
-                train_start=train.start,
-                train_stop=train.stop,
-                val_start=val.start,
-                val_stop=val.stop,
-                constants=c,
-                n_annotated=n,
-            )
-            for a, (train, val), c, n in zip(
-                opened, regions, constants, annotated_voxels, strict=True
-            )
-        ),
-        class_weights=_class_weights(opened, regions, config) if asked.loss.balance else None,
+        card=card,
+        voxel_size=found.voxel_size,
+        sources=_sources(found, constants),
+        class_weights=found.class_weights() if asked.loss.balance else None,
+    )
+
+
+def _sources(found: Survey, constants: Sequence[NormConstants]) -> tuple[SourceRecipe, ...]:
+    return tuple(
+        SourceRecipe(
+            url=annotated.image.url,
+            shape=annotated.image.shape,
+            train_start=train.start,
+            train_stop=train.stop,
+            val_start=val.start,
+            val_stop=val.stop,
+            constants=known,
+            n_annotated=n,
+        )
+        for annotated, (train, val), known, n in zip(
+            found.images, found.regions, constants, found.n_learned, strict=True
+        )
     )
 
 
@@ -220,115 +213,59 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-# Where patches are drawn and where they are validated.
+# Choices about the network.
 
 
-def _check_place(annotated: Annotated, config: TrainConfig) -> None:
-    image = annotated.image
-    if config.time is not None and config.time >= image.shape[0]:
-        raise ConfigError(
-            f"time: {config.time} is not in {image.url}, which has the time points 0 to "
-            f"{image.shape[0] - 1}: give one of those"
-        )
-    if missing := [c for c in config.channels if c >= image.n_channels]:
-        raise ConfigError(
-            f"channels: {missing[0]} is not in {image.url}, which has the channels 0 to "
-            f"{image.n_channels - 1}: give some of those"
-        )
+def _choose_spec(asked: TrainConfig, found: Survey) -> UNetSpec:
+    return UNetSpec.build(
+        found.dims,
+        out_channels=len(found.classes),
+        depth=DEFAULT_DEPTH[found.dims] if asked.net.depth is None else asked.net.depth,
+        width=asked.net.width or DEFAULT_WIDTH[found.dims],
+        in_channels=len(asked.channels),
+        voxel_um=found.voxel_size if asked.net.anisotropic else None,
+        padding=asked.net.padding,
+    )
 
 
-def _split(annotated: Annotated, config: TrainConfig) -> tuple[Region, Region]:
-    """The regions to learn from and to validate on, along t, z, y, x.
+def _choose_patch(asked: TrainConfig, spec: UNetSpec, found: Survey) -> Vec:
+    """The patch asked for, checked; else one of the default extent, no larger than the region.
 
-    Without `val_region` the last fifth of the region's planes is held out; of its rows, where it
-    has fewer than five planes. A `val_region` inside the region is left out of it when patches are
-    read.
+    Along an axis of longer voxels it has as many fewer.
     """
-    train = _place(annotated, config.region, config)
-    if config.val_region is not None:
-        return train, _place(annotated, config.val_region, config)
-    axis = 1 if train.shape[1] >= 5 else 2
-    n_held = max(1, round(HELD_OUT * train.shape[axis]))
-    cut = train.stop[axis] - n_held
-    if cut <= train.start[axis]:
+    if asked.patch is not None:
+        return _checked_patch(asked.patch, spec)
+    wanted = (DEFAULT_PATCH if spec.padding == "valid" else PADDED_PATCH)[spec.dims]
+    finest = min(found.voxel_size)
+    shapes = [train.shape[-spec.dims :] for train, _ in found.regions]
+    at_least = tuple(
+        min(max(lengths), math.ceil(wanted * finest / size))
+        for lengths, size in zip(zip(*shapes, strict=True), found.voxel_size, strict=True)
+    )
+    return _next_patch(at_least, spec)
+
+
+def _next_patch(at_least: Vec, spec: UNetSpec) -> Vec:
+    """The smallest patch of at least this shape that the network can compute."""
+    mark = footprint(spec)
+    if spec.padding == "valid":
+        return mark.smallest_output(at_least)
+    return tuple(round_up(n, s) for n, s in zip(at_least, mark.stride, strict=True))
+
+
+def _checked_patch(patch: Vec, spec: UNetSpec) -> Vec:
+    if len(patch) != spec.dims or min(patch) < 1:
+        axes = "z, y, x" if spec.dims == 3 else "y, x"
         raise ConfigError(
-            f"the region {train} (t, z, y, x) of {annotated.image.url} is too small to hold a part "
-            "out for validation: give val_region"
+            f"patch: {list(patch)} for a {spec.dims}-D network, which needs {spec.dims} numbers of "
+            f"at least 1 ({axes}): give those, or leave patch out"
         )
-    return (
-        Region(train.start, (*train.stop[:axis], cut, *train.stop[axis + 1 :])),
-        Region((*train.start[:axis], cut, *train.start[axis + 1 :]), train.stop),
-    )
-
-
-def _place(annotated: Annotated, text: str | None, config: TrainConfig) -> Region:
-    image = annotated.image
-    n_spatial = len(image.spatial_axes)
-    shape = image.shape[-n_spatial:]
-    try:
-        spatial = Region.of_shape(shape) if text is None else parse_region(text, shape)
-    except UsageError as error:
-        raise ConfigError(f"{image.url}: {error}") from None
-    first, last = (0, image.shape[0]) if config.time is None else (config.time, config.time + 1)
-    fill = 3 - n_spatial
-    return Region(
-        (first, *(0,) * fill, *spatial.start), (last, *(1,) * fill, *spatial.stop)
-    )
-
-
-def validation_part(region: Region, budget: int) -> Region:
-    """The middle of a region: its longest axes are cut until it has at most `budget` voxels."""
-    shape = list(region.shape)
-    while math.prod(shape) > budget:
-        longest = max(range(len(shape)), key=lambda axis: shape[axis])
-        others = math.prod(shape) // shape[longest]
-        second = max((n for axis, n in enumerate(shape) if axis != longest), default=1)
-        fitting = max(1, budget // others)
-        shape[longest] = max(fitting, min(second, shape[longest] - 1))
-    start = tuple(a + (n - s) // 2 for a, n, s in zip(region.start, region.shape, shape, strict=True))
-    return Region(start, tuple(a + n for a, n in zip(start, shape, strict=True)))
-
-
-# Choices about the data.
-
-
-def _choose_dims(opened: Sequence[Annotated]) -> Literal[2, 3]:
-    """3 where every image is deep enough and its planes lie close enough together."""
-    for annotated in opened:
-        z, y, _ = annotated.voxel_size
-        if annotated.image.shape[1] < DEEP_ENOUGH or z / y >= FLATTEST:
-            return 2
-    return 3
-
-
-def _check_dims(opened: Sequence[Annotated], dims: int) -> None:
-    flat = [a.image for a in opened if len(a.image.spatial_axes) < dims]
-    if flat:
-        raise ConfigError(f"dims: 3, but {flat[0].url} has no z axis: use dims: 2")
-
-
-def _common_voxel_size(opened: Sequence[Annotated]) -> tuple[float, ...]:
-    first = opened[0]
-    for other in opened[1:]:
-        known = (first.image.voxel_um is None) == (other.image.voxel_um is None)
-        ratios = [a / b for a, b in zip(first.voxel_size, other.voxel_size, strict=True)]
-        if not known or any(not 1 / 1.1 <= r <= 1.1 for r in ratios):
-            raise InputError(
-                f"{other.image.url} has voxels of {_sizes(other)} (z, y, x), "
-                f"{first.image.url} of {_sizes(first)}: images that are trained on together must "
-                "agree within 10 %; choose a level where they do, or resample"
-            )
-    return first.voxel_size
-
-
-def _sizes(annotated: Annotated) -> str:
-    sizes = " × ".join(f"{v:g}" for v in annotated.voxel_size)
-    return f"{sizes} µm" if annotated.image.voxel_um else f"{sizes} (no unit of length)"
-
-
-def _micrometers(opened: Sequence[Annotated], dims: int) -> tuple[float, ...] | None:
-    size = opened[0].image.voxel_um
-    return None if size is None or len(size) < dims else size[-dims:]
+    if (fitting := _next_patch(patch, spec)) != patch:
+        raise ConfigError(
+            f"patch: {list(patch)} is not what the network can compute, its poolings need other "
+            f"sizes: the next that fits is {list(fitting)}"
+        )
+    return patch
 
 
 def _middle(constants: Sequence[NormConstants]) -> NormConstants:

@@ -46,8 +46,8 @@ class SegmentResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every block of every stage is written."""
-        return not self.failed
+        """Whether every block of every stage is written: the ledger says, not the lack of errors."""
+        return self.n_done == self.n_blocks
 
 
 class Executor(Protocol):
@@ -111,9 +111,10 @@ def carry_out(plan: Plan, ledger: Ledger, executor: Executor, progress: Progress
     grids = stage_grids(plan)
     n_before = sum(ledger.n_done(stage) for stage in grids)
     failed: list[BlockReport] = []
+    incomplete = False
     for stage, grid in grids.items():
         n_left = len(grid) - ledger.n_done(stage)
-        if n_left and not failed:
+        if n_left and not incomplete:
             with progress.task(stage, total=len(grid), unit="blocks") as task:
                 task.advance(len(grid) - n_left)
                 try:
@@ -126,6 +127,7 @@ def carry_out(plan: Plan, ledger: Ledger, executor: Executor, progress: Progress
                         task.advance(1, voxels=grid[report.block].core.n_voxels)
                 finally:
                     ledger.flush()
+            incomplete = ledger.n_done(stage) < len(grid)
     n_done = sum(ledger.n_done(stage) for stage in grids)
     result = SegmentResult(
         plan=plan,

@@ -127,7 +127,8 @@ class Tissue:
         whole = _cubes(Region.of_shape(self.shape), self.voxel_um)
         index = tuple((cube[:, :3] - np.array(whole.start)).T)
         # Sites outside `whole` reach only voxels outside the volume: any number will do.
-        return np.ravel_multi_index(index, whole.shape, mode="clip") * 2 + cube[:, 3] + 1
+        position = np.ravel_multi_index(index, whole.shape, mode="clip")
+        return np.asarray(2 * position + cube[:, 3] + 1, np.int64)
 
     def _partition(self, region: Region, cells: _Cells) -> tuple[NDArray[np.int32], Field, Field]:
         """For each voxel its cell (1 is the first of `cells`, 0 background), its gap, its depth.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg import layout, ngff, store
-from bigseg.blocks import Region
 from bigseg.errors import (
     InputError,
     InputNotFoundError,
@@ -26,6 +25,7 @@ from bigseg.errors import (
     UsageError,
 )
 from bigseg.layout import OutputSpec, list_label, unlist_label
+from bigseg.lazy import LazyView
 from bigseg.units import format_um, nearest_size
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from bigseg.blocks import Vec
+    from bigseg.blocks import Region, Vec
     from bigseg.ngff import Multiscale
 
 __all__ = [
@@ -167,7 +167,8 @@ class Volume:
         chosen = tuple(range(self.n_channels) if channels is None else channels)
         self._check_channels(chosen)
         unit = (len(chosen), *self.write_unit)
-        return da.from_array(_View(self, chosen), chunks=unit, name=False, asarray=False)
+        view = LazyView((len(chosen), *self.shape), self.dtype, self.read, chosen)
+        return da.from_array(view, chunks=unit, name=False, asarray=False, fancy=False)
 
     def label_names(self) -> tuple[str, ...]:
         """The label images that the image lists: the finished ones."""
@@ -254,31 +255,6 @@ class Volume:
                 f"data of shape {data.shape} and type {data.dtype} do not fit block {region} of "
                 f"{self.url}, which takes {wanted} and {self.dtype}: convert them first"
             )
-
-
-@dataclass(frozen=True)
-class _View:
-    """What Dask slices: a volume with its channels chosen."""
-
-    volume: Volume
-    channels: tuple[int, ...]
-
-    @property
-    def shape(self) -> Vec:
-        return (len(self.channels), *self.volume.shape)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.volume.dtype
-
-    @property
-    def ndim(self) -> int:
-        return 5
-
-    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
-        bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        region = Region(tuple(a for a, _ in bounds[1:]), tuple(b for _, b in bounds[1:]))
-        return self.volume.read(region, self.channels[index[0]])
 
 
 def open_volume(url: str, *, level: int = 0) -> Volume:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from bigseg import evaluate as evaluation
 from bigseg.blocks import Region
-from bigseg.errors import InputError, UsageError
-from bigseg.evaluate import evaluate, scores
-from bigseg.metrics import Contingency, adapted_rand_error
+from bigseg.errors import InputError, InputNotFoundError, UsageError
+from bigseg.evaluate import evaluate, evaluate_urls, scores
+from bigseg.metrics import Contingency, adapted_rand_error, variation_of_information
 from bigseg.volume import open_volume
+
+BODIES = Path(__file__).parents[2] / "shared" / "data" / "fib25" / "bodies.tif"
 
 
 def store(path, data, *, axes="zyx", chunk=None):
@@ -60,7 +63,6 @@ def test_scores_do_not_depend_on_blocks_or_chunks(tmp_path, monkeypatch, limit):
     truth = labels((7, 13, 11), 0)
     pred = np.where(labels(truth.shape, 1, n=9) == 0, 3, truth)
     monkeypatch.setattr(evaluation, "MAX_BLOCK_VOXELS", limit)
-    monkeypatch.setitem(evaluation._block_shape.__kwdefaults__, "limit", limit)
     found = evaluate(
         store(tmp_path / "p", pred, chunk=(7, 3, 4)), store(tmp_path / "t", truth, chunk=(2, 5, 4))
     )
@@ -100,6 +102,26 @@ def test_a_region_is_judged_alone(tmp_path):
         )
 
 
+def test_a_written_region_holds_for_all_time_points(tmp_path):
+    truth, pred = labels((2, 9, 9), 0), labels((2, 9, 9), 1)
+    urls = [str(tmp_path / name) for name in "pt"]
+    for url, data in zip(urls, (pred, truth), strict=True):
+        store(url, data, axes="tyx")
+    found = evaluate_urls(*urls, region="2:,-4:8", ignore=3)
+    tables = [
+        Contingency.of(p[2:, 5:8], t[2:, 5:8], ignore_truth=3)
+        for p, t in zip(pred, truth, strict=True)
+    ]
+    assert found == scores(tables)
+    assert evaluate_urls(*urls) == scores(
+        [Contingency.of(p, t) for p, t in zip(pred, truth, strict=True)]
+    )
+    with pytest.raises(UsageError, match=r"region '1:2' has 1 axes, the volume has 2"):
+        evaluate_urls(*urls, region="1:2")
+    with pytest.raises(InputNotFoundError, match="no such image"):
+        evaluate_urls(urls[0], str(tmp_path / "absent"))
+
+
 def test_ignored_voxels_count_nowhere(tmp_path):
     truth, pred = labels((4, 9, 9), 0), labels((4, 9, 9), 1)
     found = evaluate(store(tmp_path / "p", pred), store(tmp_path / "t", truth), ignore=4)
@@ -120,6 +142,14 @@ def test_an_id_at_two_time_points_is_two_objects(tmp_path):
     assert found.classes[1].n_both == 16
     flat = evaluate(store(tmp_path / "pz", pred), store(tmp_path / "tz", truth))
     assert (flat.n_pred_objects, flat.n_truth_objects) == (3, 1)
+
+
+def test_what_is_predicted_on_background_changes_neither_rand_nor_voi():
+    truth = np.array([0, 0, 0, 1, 1, 2, 2])
+    found = scores([Contingency.of(np.array([1, 2, 0, 1, 1, 2, 2]), truth)])
+    assert (found.rand.error, found.voi.total) == (0, 0)
+    assert found.seg < 1
+    assert found.foreground.n_pred == 6
 
 
 def test_class_scores_are_left_out_for_many_objects(tmp_path):
@@ -196,9 +226,15 @@ def test_probabilities_are_refused_with_the_way_out(tmp_path):
 
 
 @pytest.mark.realdata
-def test_scores_of_real_bodies_against_the_reference(realdata):
+@pytest.mark.skipif(not BODIES.exists(), reason=f"the real data {BODIES} are not here")
+def test_scores_of_real_bodies_equal_the_reference():
     tifffile = pytest.importorskip("tifffile")
-    bodies = tifffile.imread(realdata / "fib25" / "bodies.tif")[:40, :120, :120]
-    eroded = np.where(np.roll(bodies, 2, axis=2) == bodies, bodies, 0)
-    found = adapted_rand_error(Contingency.of(eroded, bodies))
-    assert found.error == pytest.approx(skimage.metrics.adapted_rand_error(bodies, eroded)[0])
+    bodies = tifffile.imread(BODIES)[:40, :120, :120]
+    shifted = np.roll(bodies, 2, axis=2)
+    table = Contingency.of(shifted, bodies)
+    error = skimage.metrics.adapted_rand_error(bodies, shifted)[0]
+    assert adapted_rand_error(table).error == pytest.approx(error)
+    assert error > 0.01
+    split, merge = skimage.metrics.variation_of_information(bodies, shifted)
+    found = variation_of_information(table)
+    assert (found.split, found.merge) == pytest.approx((split, merge))

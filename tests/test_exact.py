@@ -11,43 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
+from helpers import NORM, config_of, noise, write_image, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigseg.blocks import ceil_div, round_up
-from bigseg.checkpoint import save_model
-from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
+from bigseg.config import UNetSpec
 from bigseg.model import UNet, footprint
 from bigseg.progress import NullProgress
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
-
-NORM = NormRule(kind="fixed", offset=100.0, scale=50.0)
-
-
-def write_image(path, data, *, chunks, shards=None, dims="zyx"):
-    """An OME-Zarr 0.5 image of one level, made with zarr alone."""
-    group = zarr.create_group(path, zarr_format=3)
-    group.create_array("0", data=data, chunks=chunks, shards=shards)
-    axes = [{"name": a, "type": "space", "unit": "micrometer"} for a in dims]
-    scale = {"type": "scale", "scale": [1.0] * len(dims)}
-    levels = [{"path": "0", "coordinateTransformations": [scale]}]
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": levels}]}
-    return str(path)
-
-
-def write_model(path, spec, seed=0):
-    """A U-Net with random weights and random batch statistics."""
-    torch.manual_seed(seed)
-    net = UNet(spec)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    classes = tuple(f"class {i}" for i in range(spec.out_channels))
-    save_model(str(path), net.eval(), ModelCard(spec=spec, classes=classes, norm=NORM))
-    return net.eval(), str(path)
 
 
 def whole_volume(net, data):
@@ -71,17 +44,7 @@ def whole_volume(net, data):
 
 
 def run(image, model, out, **options):
-    config = SegmentConfig(
-        image=image,
-        model=model,
-        out=str(out),
-        output=options.pop("output", "probabilities"),
-        engine="torch",
-        precision="fp32",
-        executor="serial",
-        **options,
-    )
-    result = segment_serially(config, NullProgress())
+    result = segment_serially(config_of(image, model, out, **options), NullProgress())
     assert result.is_complete, result.failed
     return open_volume(str(out))
 
@@ -122,8 +85,7 @@ def cases(draw):
 @given(cases(), st.sampled_from(["float32", "uint8"]))
 def test_blockwise_probabilities_equal_the_whole_volumes(case, prob_dtype):
     spec, shape, chunks, shards, tile, block = case
-    rng = np.random.default_rng(1)
-    data = rng.integers(0, 256, shape).astype(np.uint8)
+    data = noise(shape, seed=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = write_image(folder / "image.zarr", data, chunks=chunks, shards=shards)
@@ -146,7 +108,7 @@ def test_blockwise_probabilities_equal_the_whole_volumes(case, prob_dtype):
 @given(cases(), st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=2, max_size=3))
 def test_every_block_size_gives_the_same_bytes_at_one_tile(case, blocks):
     spec, shape, chunks, shards, tile, _ = case
-    data = np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8)
+    data = noise(shape, seed=2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = write_image(folder / "image.zarr", data, chunks=chunks, shards=shards)
@@ -162,7 +124,7 @@ def test_every_block_size_gives_the_same_bytes_at_one_tile(case, blocks):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_region_equals_the_full_run_and_is_background_elsewhere(folder, dims):
     spec = UNetSpec.build(dims, out_channels=2, depth=1, width=2)
-    data = np.random.default_rng(3).integers(0, 256, (9, 40, 37)).astype(np.uint8)
+    data = noise((9, 40, 37), seed=3)
     image = write_image(folder / "image.zarr", data, chunks=(4, 16, 16))
     _, model = write_model(folder / "model.safetensors", spec)
     full = voxels(run(image, model, folder / "full.zarr"))
@@ -176,7 +138,7 @@ def test_a_region_equals_the_full_run_and_is_background_elsewhere(folder, dims):
 
 def test_labels_are_the_argmax_of_the_probabilities(folder):
     spec = UNetSpec.build(3, out_channels=3, depth=1, width=2)
-    data = np.random.default_rng(4).integers(0, 256, (9, 24, 31)).astype(np.uint8)
+    data = noise((9, 24, 31), seed=4)
     image = write_image(folder / "image.zarr", data, chunks=(4, 16, 16))
     _, model = write_model(folder / "model.safetensors", spec)
     probabilities = voxels(run(image, model, folder / "p.zarr", prob_dtype="float32"))
@@ -187,7 +149,7 @@ def test_labels_are_the_argmax_of_the_probabilities(folder):
 
 def test_a_network_trained_with_padding_segments_in_valid_mode(folder):
     spec = UNetSpec.build(2, out_channels=2, depth=1, width=2, padding="same")
-    data = np.random.default_rng(5).integers(0, 256, (2, 30, 33)).astype(np.uint8)
+    data = noise((2, 30, 33), seed=5)
     image = write_image(folder / "image.zarr", data, chunks=(1, 16, 16))
     net, model = write_model(folder / "model.safetensors", spec)
     valid = UNet(spec.model_copy(update={"padding": "valid"}))

@@ -60,7 +60,9 @@ def test_every_legal_subset_of_axes_is_read(axes: str) -> None:
 @pytest.mark.parametrize("axes", ["x", "zy", "yxx", "yxc", "ctzyx", "tzcyx"])
 def test_illegal_orders_and_subsets_of_axes_are_refused(axes: str) -> None:
     attributes = metadata("0.5", axes, [(1.0,) * len(axes)])
-    with pytest.raises(NotOmeZarrError, match="has the axes .*time, channel, space.* hold y and x"):
+    with pytest.raises(
+        NotOmeZarrError, match=r"has the axes .*time, channel, space.* hold y and x"
+    ):
         parse_multiscale(attributes, where="X")
 
 
@@ -135,7 +137,7 @@ def test_0_6_knows_identity_and_ignores_transformations_to_other_systems() -> No
 def test_a_scale_that_is_not_positive_is_refused(scale: Any) -> None:
     attributes = metadata("0.4", "yx", [(1.0, 1.0)])
     attributes["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"] = scale
-    with pytest.raises(InputError, match="it must be 2 positive numbers.*correct the metadata"):
+    with pytest.raises(InputError, match=r"it must be 2 positive numbers.*correct the metadata"):
         parse_multiscale(attributes, where="X")
 
 
@@ -219,7 +221,7 @@ def test_damaged_metadata_are_refused_in_one_sentence(keys: list[Any], value: An
     for key in keys[:-1]:
         target = target[key]
     target[keys[-1]] = value
-    with pytest.raises(NotOmeZarrError, match="X .*(damaged|no resolution level)"):
+    with pytest.raises(NotOmeZarrError, match=r"X .*(damaged|no resolution level)"):
         parse_multiscale(attributes, where="X")
 
 
@@ -347,7 +349,9 @@ def test_the_nearest_size_is_by_the_worst_axis() -> None:
 
 
 def test_sizes_too_far_away_are_refused_with_the_choice() -> None:
-    text = r"no level of X has .*factor 1.5 .*level 0: 1×1 µm; level 1: 2×2 µm.*choose one with `--level`"
+    text = (
+        r"no level of X .*factor 1.5 .*level 0: 1×1 µm; level 1: 2×2 µm.*choose one with `--level`"
+    )
     with pytest.raises(InputError, match=text):
         nearest_size([(1.0, 1.0), (2.0, 2.0)], (9.0, 9.0), tolerance=1.5, where="X")
     with pytest.raises(InputError, match="fewer spatial axes than the model's 3"):

@@ -111,7 +111,10 @@ def test_a_loop_over_nothing_is_finished():
 def test_auto_is_plain_where_nobody_watches_and_a_bar_on_a_terminal():
     pipe, terminal = io.StringIO(), Terminal()
     for stream in (pipe, terminal):
-        with make_progress(stream).task("segment", total=2, unit="blocks") as task:
+        with (
+            make_progress(stream) as progress,
+            progress.task("segment", total=2, unit="blocks") as task,
+        ):
             task.advance(2, voxels=4_000_000)
     assert pipe.getvalue().startswith("segment  0/2 blocks  0 %\n")
     assert "\x1b" not in pipe.getvalue()

@@ -69,6 +69,8 @@ def write_image(
     big_endian: bool = False,
 ) -> str:
     """Write arrays as the levels of an image; voxel sizes follow from the shapes."""
+    # fsspec makes no directories for file:// of its own accord.
+    place = url.removeprefix("file://")
     zarr_format = 2 if version == "0.4" else 3
     first = levels[0].shape
     scale0 = scale0 or [1.0] * len(axes)
@@ -78,7 +80,7 @@ def write_image(
             for level in levels
         ]
         attributes = metadata(version, axes, scales, channels=channels)
-    group = zarr.open_group(url, mode="w-", zarr_format=zarr_format, attributes=attributes)
+    group = zarr.open_group(place, mode="w-", zarr_format=zarr_format, attributes=attributes)
     for i, level in enumerate(levels):
         options: dict[str, Any] = {}
         if zarr_format == 2:
@@ -112,5 +114,5 @@ def ramp(shape: Sequence[int], dtype: str = "uint16") -> NDArray[Any]:
     size = int(np.prod(shape))
     values = np.arange(size)
     if np.dtype(dtype).kind in "iu":
-        values = values % np.iinfo(dtype).max
+        values = values % min(np.iinfo(dtype).max, 2**62)
     return values.astype(dtype).reshape(tuple(shape))

@@ -1,0 +1,94 @@
+"""The score of a network on the held-out regions, measured as it will segment: valid, by tiles.
+
+At most `VALIDATION_VOXELS` voxels are looked at, shared equally by the images: the middle of each
+held-out region (`annotations.middle`), the same at every validation of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bigseg.annotations import middle
+from bigseg.engine import torch_forward
+from bigseg.evaluate import Contingency, Scores, scores
+from bigseg.predict import default_tile, predict_region, tile_geometry
+from bigseg.targets import IGNORE
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from bigseg.engine import Forward
+    from bigseg.model import UNet
+    from bigseg.recipe import Recipe, SourceRecipe
+
+# A step of training takes more memory than this, so validation never decides what fits.
+TILE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Cross-entropy a voxel, and the scores that `evaluate` gives for the classes."""
+
+    loss: float
+    scores: Scores
+    classes: tuple[str, ...]
+
+    @property
+    def score(self) -> float:
+        """What the best model is chosen by: the mean Dice of the classes that the truth has."""
+        return self.scores.mean_dice
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; None for a class that neither side has."""
+        overlaps = self.scores.classes or {}
+        dice = {name: overlaps[i].dice for i, name in enumerate(self.classes) if i in overlaps}
+        return {
+            "val_loss": self.loss,
+            "val_dice": self.score,
+            "val_iou": self.scores.mean_iou,
+            "val_dice_of": {n: None if math.isnan(d) else d for n, d in dice.items()},
+        }
+
+
+def validate(net: UNet, recipe: Recipe, *, device: torch.device) -> Validation:
+    """The scores of `net` on the held-out regions of the recipe's images."""
+    precision = recipe.config.precision
+    assert precision != "auto"
+    forward = torch_forward(net, device=device, precision=precision)
+    parts = [_judge(recipe, source, forward) for source in recipe.sources]
+    n_voxels = sum(table.n_voxels for table, _ in parts)
+    return Validation(
+        loss=sum(loss for _, loss in parts) / n_voxels,
+        scores=scores([table for table, _ in parts]),
+        classes=recipe.card.classes,
+    )
+
+
+def _judge(recipe: Recipe, source: SourceRecipe, forward: Forward) -> tuple[Contingency, float]:
+    """Counts of (predicted, true) class over one image, and its summed cross-entropy."""
+    spec, annotated = recipe.card.spec, recipe.open(source)
+    region = middle(source.val, n_images=len(recipe.sources))
+    probabilities = predict_region(
+        annotated.image,
+        forward,
+        tile_geometry(spec, default_tile(spec, region.shape, budget_bytes=TILE_BYTES)),
+        region,
+        channels=recipe.config.channels,
+        constants=source.constants,
+    )
+    truth = annotated.target(region, dims=spec.dims, n_classes=spec.out_channels)
+    found = probabilities.argmax(axis=0).astype(np.int16)
+    table = Contingency.of(found, truth, ignore_truth=IGNORE)
+    return table, _summed_cross_entropy(probabilities, truth)
+
+
+def _summed_cross_entropy(probabilities: NDArray[np.float32], truth: NDArray[np.int16]) -> float:
+    counted = truth != IGNORE
+    of_truth = np.take_along_axis(probabilities, truth[np.newaxis].clip(min=0), axis=0)[0]
+    tiny = np.finfo(np.float32).tiny
+    return float(-np.log(of_truth[counted].clip(min=tiny), dtype=np.float64).sum())

@@ -1,0 +1,66 @@
+"""Small images and models that several tests need, made without bigseg's own writers."""
+
+import numpy as np
+import torch
+import zarr
+
+from bigseg.checkpoint import save_model
+from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
+from bigseg.model import UNet
+
+NORM = NormRule(kind="fixed", offset=100.0, scale=50.0)
+
+
+def write_image(path, data, *, chunks, shards=None, dims="zyx", n_levels=1):
+    """An OME-Zarr 0.5 image made with zarr alone; further levels are strided by 2 in y and x."""
+    group = zarr.create_group(path, zarr_format=3)
+    axes = [{"name": a, "type": _TYPES.get(a, "space")} for a in dims]
+    for axis in axes:
+        if axis["type"] == "space":
+            axis["unit"] = "micrometer"
+    levels = []
+    for level in range(n_levels):
+        factors = [2**level if a in "yx" else 1 for a in dims]
+        part = data[tuple(slice(None, None, f) for f in factors)]
+        fitting = tuple(min(c, n) for c, n in zip(chunks, part.shape, strict=True))
+        group.create_array(
+            str(level), data=part, chunks=fitting, shards=shards, dimension_names=list(dims)
+        )
+        scale = {"type": "scale", "scale": [float(f) for f in factors]}
+        levels.append({"path": str(level), "coordinateTransformations": [scale]})
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": levels}]}
+    return str(path)
+
+
+_TYPES = {"t": "time", "c": "channel"}
+
+
+def write_model(path, spec: UNetSpec, *, seed=0, **card):
+    """A U-Net with random weights and random batch statistics."""
+    torch.manual_seed(seed)
+    net = UNet(spec)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    classes = tuple(f"class {i}" for i in range(spec.out_channels))
+    norm = card.pop("norm", NORM)
+    save_model(str(path), net.eval(), ModelCard(spec=spec, classes=classes, norm=norm, **card))
+    return net.eval(), str(path)
+
+
+def noise(shape, *, seed=0, dtype=np.uint8):
+    """Independent voxels: any shift or seam shows."""
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+
+
+def config_of(image, model, out, **options):
+    """Settings of a small serial run in float32 on torch, with any option changed."""
+    defaults = {
+        "output": "probabilities",
+        "engine": "torch",
+        "precision": "fp32",
+        "executor": "serial",
+        "out": None if out is None else str(out),
+    }
+    return SegmentConfig(image=image, model=model, **{**defaults, **options})
