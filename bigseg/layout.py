@@ -88,26 +88,60 @@ def create_image(
     Raises:
         OutputError: there is something at `url`, or it cannot be written.
     """
+    array = create_arrays(url, ms, shapes, spec)
+    publish(url, ms, spec, source=source)
+    return array
+
+
+def create_arrays(
+    url: str, ms: Multiscale, shapes: Sequence[Vec], spec: OutputSpec
+) -> zarr.Array[Any]:
+    """The arrays of an image that is no image yet: `publish` makes it one.
+
+    Raises:
+        OutputError: there is something at `url`, or it cannot be written.
+    """
     _clear_leftover(url)
-    extra = {PROVENANCE: spec.provenance}
-    attributes = ngff.multiscale_attributes(
-        ms,
-        downsampling="mode" if ms.is_label else "mean",
-        source=source,
-        class_names=spec.class_names,
-        window=_window(np.dtype(spec.dtype)),
-        extra=extra,
+    group = store.create_group(
+        url,
+        zarr_format=2 if ms.version == "0.4" else 3,
+        attributes={PROVENANCE: spec.provenance},
     )
-    group = store.create_group(url, zarr_format=2 if ms.version == "0.4" else 3, attributes=extra)
     try:
         arrays = [
             _create_level(group, ms, level.path, shape, spec)
             for level, shape in zip(ms.levels, shapes, strict=True)
         ]
-        group.attrs.put(attributes)
     except OSError as error:
         raise OutputError(f"{url} cannot be written: {error}; check rights and space") from error
     return arrays[0]
+
+
+def publish(
+    url: str,
+    ms: Multiscale,
+    spec: OutputSpec,
+    *,
+    source: str | None = None,
+    windows: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write the metadata that make the arrays at `url` an image; `windows` are display ranges.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    attributes = ngff.multiscale_attributes(
+        ms,
+        downsampling="mode" if ms.is_label else "mean",
+        source=source,
+        class_names=spec.class_names,
+        windows=windows or [_window(np.dtype(spec.dtype))] * len(ms.channels),
+        extra={PROVENANCE: spec.provenance},
+    )
+    try:
+        store.open_group(url, mode="r+").attrs.put(attributes)
+    except OSError as error:
+        raise OutputError(f"{url} cannot be written: {error}; check rights and space") from error
 
 
 def path_to_image(image_url: str, url: str) -> str | None:

@@ -147,13 +147,13 @@ def multiscale_attributes(
     downsampling: str,
     source: str | None = None,
     class_names: Sequence[str] = (),
-    window: tuple[float, float] = (0.0, 255.0),
+    windows: Sequence[tuple[float, float]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The group attributes to write for an image of version 0.4 or 0.5.
 
     `source` is the relative path from a label image to its image, `class_names` name the label
-    values 0, 1, ...; `window` is the displayed range of channels; `extra` are top-level keys.
+    values 0, 1, ...; `windows` are the displayed ranges of the channels; `extra` are top-level keys.
     """
     assert ms.version in ("0.4", "0.5"), ms.version
     multiscale: dict[str, Any] = {"name": ms.name} if ms.name else {}
@@ -165,7 +165,8 @@ def multiscale_attributes(
     if ms.is_label:
         ome["image-label"] = {**versioned, **_label_dict(source, class_names)}
     if ms.channels:
-        ome["omero"] = {"channels": [_channel_dict(name, window) for name in ms.channels]}
+        named = zip(ms.channels, windows, strict=True)
+        ome["omero"] = {"channels": [_channel_dict(name, window) for name, window in named]}
     if ms.version == "0.4":
         return {**ome, **(extra or {})}
     return {"ome": {"version": ms.version, **ome}, **(extra or {})}

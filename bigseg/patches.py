@@ -254,7 +254,11 @@ class _Reader:
 
 
 def _ahead(make: Callable[[int], Batch], steps: range, n_threads: int) -> Stream:
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="patches")
+    # Each thread computes on one processor: with torch's default every one of them would start as
+    # many threads as there are processors, and they would wait for those of the training loop.
+    # torch takes the setting over for threads that start later, so it is put back at the end.
+    n_before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(n_threads, "patches", torch.set_num_threads, (1,))
     waiting: deque[Future[Batch]] = deque()
     try:
         for step in steps:
@@ -265,6 +269,7 @@ def _ahead(make: Callable[[int], Batch], steps: range, n_threads: int) -> Stream
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(n_before)
 
 
 def _draw_start(rng: np.random.Generator, region: Region, shape: Vec) -> Vec:

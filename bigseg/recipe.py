@@ -147,6 +147,8 @@ def make_recipe(asked: TrainConfig, *, device: Device) -> Recipe:
             "patch": _choose_patch(asked, spec, found),
             "batch": asked.batch or DEFAULT_BATCH[found.dims],
             "val_every": min(asked.steps, asked.val_every or max(50, asked.steps // 10)),
+            # Processors without bf16 instructions emulate them: a step of the default 2-D network
+            # takes 28.9 s instead of 1.4, of the 3-D one 221 instead of 29 (2 cores, AVX2).
             "precision": best_precision(device) if asked.precision == "auto" else asked.precision,
         }
     )

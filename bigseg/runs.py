@@ -62,6 +62,11 @@ class RunFiles:
         return self.at("checkpoints", "best.safetensors")
 
     @property
+    def failure(self) -> str:
+        """The note of a worker that failed where trying again is of no use; else empty."""
+        return self.at("failure.json")
+
+    @property
     def states(self) -> tuple[str, str]:
         """The two training states, written in turn."""
         return self.at("checkpoints", "state-0.safetensors"), self.at(
@@ -108,6 +113,22 @@ class Journal:
         store.write_atomic(self.url, text.encode())
 
 
+def stored_run(asked: TrainConfig, url: str) -> Recipe | None:
+    """The recipe of the run at `url`, if there is one; `asked` must agree with it.
+
+    Raises:
+        ConfigError: `asked` has other settings, which are named, or the recipe is damaged.
+    """
+    if (stored := _stored_recipe(RunFiles(url))) is None:
+        return None
+    if different := differences(stored, asked):
+        raise ConfigError(
+            f"{url} holds a run with other settings ({'; '.join(different)}): give another --out, "
+            "or --overwrite to begin anew"
+        )
+    return stored
+
+
 def open_run(asked: TrainConfig, url: str, *, device: Device, overwrite: bool = False) -> Recipe:
     """The recipe of the run at `url`: the stored one, or a new one that is stored there.
 
@@ -119,12 +140,7 @@ def open_run(asked: TrainConfig, url: str, *, device: Device, overwrite: bool = 
         OutputError: the place cannot be written, or holds a model that is of no run.
     """
     files = RunFiles(url)
-    if not overwrite and (stored := _stored_recipe(files)) is not None:
-        if different := differences(stored, asked):
-            raise ConfigError(
-                f"{url} holds a run with other settings ({'; '.join(different)}): give another "
-                "--out, or --overwrite to begin anew"
-            )
+    if not overwrite and (stored := stored_run(asked, url)) is not None:
         return stored
     if not overwrite and _is_there(files.model):
         raise OutputError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from bigseg import store
-from bigseg.engine import available_cpus
+from bigseg.engine import available_cpus, pick_device
 from bigseg.errors import OutputError, UsageError
 from bigseg.ledger import Ledger
 from bigseg.plan import Plan, make_plan, output_spec
@@ -70,12 +70,13 @@ class SerialExecutor:
 
 
 def segment_serially(config: SegmentConfig, progress: Progress) -> SegmentResult:
-    """Segment as `config` says, in this process, on its processors.
+    """Segment as `config` says, in this process, on its GPU or its processors.
 
     Raises:
         BigsegError: the image, the model or the output cannot be used.
     """
-    plan, ledger = prepare(config, device="cpu")
+    device: Device = "cuda" if pick_device().type == "cuda" else "cpu"
+    plan, ledger = prepare(config, device=device)
     return carry_out(plan, ledger, SerialExecutor(plan), progress)
 
 

@@ -1,0 +1,345 @@
+"""Training on every GPU of a cluster, or here: the launch of the loop with Ray Train.
+
+    driver: recipe ──> Ray Train ──> N workers, each: the loop of training.py, gradients averaged
+       │                                │ rank 0 writes journal, states, model
+       └────── follows the journal <── RUN
+
+A worker that dies takes the group with it; Ray starts a new one, which goes on from the last state
+in RUN. Those states are bigseg's own: Ray's storage is a temporary folder, because Ray resumes any
+run of the same name, whatever its settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import uuid
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+from bigseg import errors, store
+from bigseg.cluster import Cluster, connect, set_worker_threads
+from bigseg.engine import pick_device
+from bigseg.errors import (
+    BigsegError,
+    ConfigError,
+    InputError,
+    InputNotFoundError,
+    ResourceError,
+    UsageError,
+)
+from bigseg.progress import NullProgress
+from bigseg.recipe import Recipe
+from bigseg.runs import Journal, RunFiles, TrainResult, finished, open_run, stored_run
+from bigseg.training import Runtime, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from bigseg.config import TrainConfig
+    from bigseg.progress import Progress, Task
+
+logger = logging.getLogger(__name__)
+
+GPU_WORKER_CPUS = 4
+FOLLOW_EVERY_S = 1.0
+MAX_FAILURE_BYTES = 1 << 16
+
+AfterStep = "Callable[[int, int], None]"
+
+
+def train(
+    config: TrainConfig,
+    out: str,
+    *,
+    executor: Literal["ray", "serial"] = "ray",
+    address: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    after_step: Callable[[int, int], None] | None = None,
+) -> TrainResult:
+    """Train what `config` says into the folder `out`; the same call again goes on where it ended.
+
+    `serial` runs one worker in this process, on its GPU or all its processors. `after_step` is
+    called on every worker with its rank and the steps done; it must be picklable for Ray.
+
+    Raises:
+        ConfigError: settings that contradict each other, the images, or the run in `out`.
+        InputError: images or labels that cannot be used, or training that diverges.
+        ResourceError: no cluster, too few GPUs or processors, or workers that keep dying.
+        OutputError: `out` cannot be written.
+    """
+    stored = None if overwrite else stored_run(config, out)
+    if stored is not None and (result := finished(stored, out)) is not None:
+        logger.info("%s is finished: %d steps", out, result.steps)
+        return result
+    progress = progress or NullProgress()
+    after = after_step or _nothing
+    if executor == "serial":
+        first = _train_here(
+            config, stored, out, overwrite=overwrite, progress=progress, after=after
+        )
+    else:
+        first = _train_on_ray(
+            config,
+            stored,
+            out,
+            address=address,
+            overwrite=overwrite,
+            progress=progress,
+            after=after,
+        )
+    recipe = stored_run(config, out)
+    assert recipe is not None
+    result = finished(recipe, out, first_step=first)
+    assert result is not None
+    return result
+
+
+def _nothing(rank: int, step: int) -> None:
+    pass
+
+
+def _train_here(
+    config: TrainConfig,
+    stored: Recipe | None,
+    out: str,
+    *,
+    overwrite: bool,
+    progress: Progress,
+    after: Callable[[int, int], None],
+) -> int:
+    if config.workers > 1:
+        raise ConfigError(
+            f"workers: {config.workers} with the serial executor, which has one: use the ray "
+            "executor, or workers: 1"
+        )
+    device = pick_device()
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    recipe = stored or open_run(config, out, device=kind, overwrite=overwrite)
+    with ExitStack() as stack:
+        bar = _Bar(progress, recipe.config.steps, stack)
+
+        def after_step(step: int) -> None:
+            bar.show(step)
+            after(0, step)
+
+        return run(recipe, out, Runtime(device), after_step=after_step)
+
+
+class _Bar:
+    """A progress task that begins at the first step it is shown."""
+
+    def __init__(self, progress: Progress, total: int, stack: ExitStack) -> None:
+        self._progress, self._total, self._stack = progress, total, stack
+        self._task: Task | None = None
+        self._step = 0
+
+    def show(self, step: int) -> None:
+        """Show that `step` steps are done."""
+        if self._task is None:
+            self._step = step - 1
+            self._task = self._stack.enter_context(
+                self._progress.task("train", total=self._total, unit="steps", done=self._step)
+            )
+        if step > self._step:
+            self._task.advance(step - self._step)
+            self._step = step
+
+
+# On Ray.
+
+
+def _train_on_ray(
+    config: TrainConfig,
+    stored: Recipe | None,
+    out: str,
+    *,
+    address: str | None,
+    overwrite: bool,
+    progress: Progress,
+    after: Callable[[int, int], None],
+) -> int:
+    with connect(address) as cluster:
+        scaling = _scaling(config, cluster)
+        kind: Literal["cpu", "cuda"] = "cuda" if cluster.n_gpus else "cpu"
+        recipe = stored or open_run(config, out, device=kind, overwrite=overwrite)
+        files = RunFiles(out)
+        first = max((line["step"] for line in Journal.read(files.metrics)), default=0)
+        if store.exists(files.failure):
+            store.write_atomic(files.failure, b"")
+        with _following(files, progress, recipe.config.steps):
+            _fit(recipe, out, scaling, after)
+        _raise_noted(files)
+    return first
+
+
+def _scaling(config: TrainConfig, cluster: Cluster) -> ScalingConfig:
+    """One GPU a worker where the cluster has GPUs, else an equal share of the processors.
+
+    Raises:
+        ResourceError: there are fewer than workers: Ray would wait for them for ever.
+    """
+    n, kind = (cluster.n_gpus, "GPUs") if cluster.n_gpus else (cluster.n_cpus, "processors")
+    if config.workers > n:
+        raise ResourceError(
+            f"{config.workers} workers need {config.workers} {kind}, the cluster has {n}: use "
+            f"--workers {max(1, n)}, or a larger cluster"
+        )
+    if cluster.n_gpus:
+        n_cpus = max(1, min(GPU_WORKER_CPUS, cluster.n_cpus // cluster.n_gpus))
+        return ScalingConfig(
+            config.workers, use_gpu=True, resources_per_worker={"CPU": n_cpus, "GPU": 1}
+        )
+    workers_a_node = -(-config.workers // cluster.n_nodes)
+    n_cpus = max(1, cluster.n_cpus // cluster.n_nodes // workers_a_node)
+    return ScalingConfig(config.workers, use_gpu=False, resources_per_worker={"CPU": n_cpus})
+
+
+def _fit(
+    recipe: Recipe, out: str, scaling: ScalingConfig, after: Callable[[int, int], None]
+) -> None:
+    """Run the workers to their end.
+
+    Raises:
+        ResourceError: they could not be started, or kept dying.
+    """
+    # Read by Ray's controller; a worker that is gone is noticed after two minutes, not ten.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
+    settings = {
+        "recipe": recipe.model_dump(mode="json"),
+        "out": out,
+        "n_threads": int(scaling.resources_per_worker["CPU"]),
+        "after": after,
+    }
+    with tempfile.TemporaryDirectory(prefix="bigseg-train-", ignore_cleanup_errors=True) as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config=settings,
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=f"bigseg-{uuid.uuid4().hex[:12]}",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=3, controller_failure_limit=2),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise _cause(error.worker_failures) from error
+        except ray.train.ControllerError as error:
+            raise ResourceError(
+                f"the training workers could not be started ({error.controller_failure}): check "
+                "that the cluster has what they need with `ray status`"
+            ) from error
+
+
+def _cause(failures: dict[int, Exception]) -> BigsegError:
+    """What the workers of a group that died again and again died of."""
+    # Ray wraps what the loop raised; the original is reached by its private name only (2.60).
+    causes = {rank: getattr(e, "_base_exc", e) for rank, e in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, BigsegError):
+            return cause
+    rank, cause = next(iter(causes.items()))
+    reason = str(cause).strip().rpartition("\n")[2] or type(cause).__name__
+    return ResourceError(
+        f"the training workers died four times, last rank {rank} of {type(cause).__name__} "
+        f"({reason}): free memory or look into Ray's logs; the same command goes on from the last "
+        "state"
+    )
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One worker: the loop, between Ray's process group and the run folder."""
+    files = RunFiles(settings["out"])
+    if _noted(files) is not None:
+        return  # Another attempt would end in the same way.
+    set_worker_threads(settings["n_threads"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    runtime = Runtime(
+        device=ray.train.torch.get_device(),
+        rank=rank,
+        n_ranks=context.get_world_size(),
+        wrap=ray.train.torch.prepare_model,
+        gather=_gather,
+    )
+    after: Callable[[int, int], None] = settings["after"]
+    try:
+        run(
+            Recipe.model_validate(settings["recipe"]),
+            files.url,
+            runtime,
+            after_step=lambda step: after(rank, step),
+        )
+    except (InputError, UsageError) as error:
+        note = {"type": type(error).__name__, "message": str(error)}
+        store.write_atomic(files.failure, json.dumps(note).encode())
+        raise
+
+
+def _gather(number: int) -> list[int]:
+    if not torch.distributed.is_initialized():
+        return [number]
+    mine = torch.tensor([number], device=ray.train.torch.get_device())
+    every = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, mine)
+    return [int(n) for n in every]
+
+
+def _noted(files: RunFiles) -> BigsegError | None:
+    """The error that a worker noted because trying again is of no use."""
+    try:
+        text = store.read_bytes(files.failure, limit_bytes=MAX_FAILURE_BYTES)
+    except InputNotFoundError:
+        return None
+    if not text:
+        return None
+    note = json.loads(text)
+    kind: type[BigsegError] = getattr(errors, note["type"], InputError)
+    return kind(note["message"])
+
+
+def _raise_noted(files: RunFiles) -> None:
+    if (error := _noted(files)) is not None:
+        store.write_atomic(files.failure, b"")
+        raise error
+
+
+@contextmanager
+def _following(files: RunFiles, progress: Progress, total: int) -> Iterator[None]:
+    """Show the steps that the journal reports while the body runs."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        with ExitStack() as stack:
+            bar = _Bar(progress, total, stack)
+            while not ended.wait(FOLLOW_EVERY_S):
+                _show_journal(files, bar)
+            _show_journal(files, bar)
+
+    thread = threading.Thread(target=follow, name="follow-journal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _show_journal(files: RunFiles, bar: _Bar) -> None:
+    try:
+        lines = Journal.read(files.metrics)
+    except InputError:  # A store that does not answer now may do so in a second.
+        return
+    if lines:
+        bar.show(lines[-1]["step"])
