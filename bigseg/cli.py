@@ -336,6 +336,7 @@ def demo(folder: str, show: bool) -> None:
 def _tell(result: SegmentResult) -> None:
     """Print what a segmentation did; raises where blocks were set aside."""
     from bigseg.view import save_result_picture
+    from bigseg.volume import open_volume
 
     plan = result.plan
     if result.n_done_before:
@@ -349,12 +350,13 @@ def _tell(result: SegmentResult) -> None:
             f"{len(result.failed)} of {result.n_blocks} blocks were set aside; the same command "
             f"tries them again:\n{reasons}"
         )
+    source = open_volume(plan.source.url, level=plan.source.level)
     picture = save_result_picture(
-        plan.source.url,
-        plan.output.url,
-        level=plan.source.level,
+        source,
+        open_volume(plan.output.url),
+        plan.region,
         channel=plan.source.channels[0],
-        region=plan.region,
+        kind="classes" if plan.output.kind == "labels" else "probability",
     )
     click.echo(f"{plan.output.url}: {result.n_blocks} blocks in {result.seconds:.1f} s")
     click.echo(f"{picture}: a middle plane, raw | result | overlay")

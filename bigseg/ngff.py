@@ -153,7 +153,7 @@ def multiscale_attributes(
     """The group attributes to write for an image of version 0.4 or 0.5.
 
     `source` is the relative path from a label image to its image, `class_names` name the label
-    values 0, 1, ...; `windows` are the displayed ranges of the channels; `extra` are top-level keys.
+    values 0, 1, ...; `windows` are the channels' displayed ranges, `extra` top-level keys.
     """
     assert ms.version in ("0.4", "0.5"), ms.version
     multiscale: dict[str, Any] = {"name": ms.name} if ms.name else {}
@@ -345,8 +345,7 @@ def _pick(values: tuple[float, ...], keep: Sequence[int]) -> tuple[float, ...]:
 
 
 def _level_path(path: object, where: str) -> str:
-    # Some writers give an integer.
-    text = str(path).rstrip("/")
+    text = str(path).rstrip("/")  # some writers give an integer
     join(where, text)
     return text
 

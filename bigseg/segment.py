@@ -116,8 +116,8 @@ def carry_out(plan: Plan, ledger: Ledger, executor: Executor, progress: Progress
     for stage, grid in grids.items():
         n_left = len(grid) - ledger.n_done(stage)
         if n_left and not incomplete:
-            with progress.task(stage, total=len(grid), unit="blocks") as task:
-                task.advance(len(grid) - n_left)
+            done = len(grid) - n_left
+            with progress.task(stage, total=len(grid), unit="blocks", done=done) as task:
                 try:
                     for report in executor.run(stage, ledger.left(stage), n_left):
                         if report.error is not None:

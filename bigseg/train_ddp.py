@@ -18,6 +18,7 @@ import tempfile
 import threading
 import uuid
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray.train
@@ -26,7 +27,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from bigseg import errors, store
-from bigseg.cluster import Cluster, connect, set_worker_threads
+from bigseg.cluster import connect, set_worker_threads
 from bigseg.engine import pick_device
 from bigseg.errors import (
     BigsegError,
@@ -39,12 +40,14 @@ from bigseg.errors import (
 from bigseg.progress import NullProgress
 from bigseg.recipe import Recipe
 from bigseg.runs import Journal, RunFiles, TrainResult, finished, open_run, stored_run
-from bigseg.training import Runtime, run
+from bigseg.training import Runtime, latest_step, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from bigseg.cluster import Cluster
     from bigseg.config import TrainConfig
+    from bigseg.engine import Device
     from bigseg.progress import Progress, Task
 
 logger = logging.getLogger(__name__)
@@ -52,8 +55,6 @@ logger = logging.getLogger(__name__)
 GPU_WORKER_CPUS = 4
 FOLLOW_EVERY_S = 1.0
 MAX_FAILURE_BYTES = 1 << 16
-
-AfterStep = "Callable[[int, int], None]"
 
 
 def train(
@@ -81,22 +82,8 @@ def train(
     if stored is not None and (result := finished(stored, out)) is not None:
         logger.info("%s is finished: %d steps", out, result.steps)
         return result
-    progress = progress or NullProgress()
-    after = after_step or _nothing
-    if executor == "serial":
-        first = _train_here(
-            config, stored, out, overwrite=overwrite, progress=progress, after=after
-        )
-    else:
-        first = _train_on_ray(
-            config,
-            stored,
-            out,
-            address=address,
-            overwrite=overwrite,
-            progress=progress,
-            after=after,
-        )
+    call = _Call(config, out, stored, overwrite, progress or NullProgress(), after_step or _nothing)
+    first = _train_here(call) if executor == "serial" else _train_on_ray(call, address)
     recipe = stored_run(config, out)
     assert recipe is not None
     result = finished(recipe, out, first_step=first)
@@ -108,35 +95,45 @@ def _nothing(rank: int, step: int) -> None:
     pass
 
 
-def _train_here(
-    config: TrainConfig,
-    stored: Recipe | None,
-    out: str,
-    *,
-    overwrite: bool,
-    progress: Progress,
-    after: Callable[[int, int], None],
-) -> int:
-    if config.workers > 1:
+@dataclass(frozen=True)
+class _Call:
+    """What `train` was called with, and the run that is there already."""
+
+    config: TrainConfig
+    out: str
+    stored: Recipe | None
+    overwrite: bool
+    progress: Progress
+    after: Callable[[int, int], None]
+
+    def recipe(self, device: Device) -> Recipe:
+        """The stored recipe, or a new one for devices of this kind."""
+        return self.stored or open_run(
+            self.config, self.out, device=device, overwrite=self.overwrite
+        )
+
+
+def _train_here(call: _Call) -> int:
+    if call.config.workers > 1:
         raise ConfigError(
-            f"workers: {config.workers} with the serial executor, which has one: use the ray "
+            f"workers: {call.config.workers} with the serial executor, which has one: use the ray "
             "executor, or workers: 1"
         )
     device = pick_device()
-    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    recipe = stored or open_run(config, out, device=kind, overwrite=overwrite)
+    recipe = call.recipe("cuda" if device.type == "cuda" else "cpu")
     with ExitStack() as stack:
-        bar = _Bar(progress, recipe.config.steps, stack)
+        bar = _Bar(call.progress, recipe.config.steps, stack)
+        bar.show(latest_step(recipe, call.out))
 
         def after_step(step: int) -> None:
             bar.show(step)
-            after(0, step)
+            call.after(0, step)
 
-        return run(recipe, out, Runtime(device), after_step=after_step)
+        return run(recipe, call.out, Runtime(device), after_step=after_step)
 
 
 class _Bar:
-    """A progress task that begins at the first step it is shown."""
+    """A progress task that begins with the first steps it is shown."""
 
     def __init__(self, progress: Progress, total: int, stack: ExitStack) -> None:
         self._progress, self._total, self._stack = progress, total, stack
@@ -144,11 +141,11 @@ class _Bar:
         self._step = 0
 
     def show(self, step: int) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done; what is done when it begins was done earlier."""
         if self._task is None:
-            self._step = step - 1
+            self._step = step
             self._task = self._stack.enter_context(
-                self._progress.task("train", total=self._total, unit="steps", done=self._step)
+                self._progress.task("train", total=self._total, unit="steps", done=step)
             )
         if step > self._step:
             self._task.advance(step - self._step)
@@ -158,55 +155,49 @@ class _Bar:
 # On Ray.
 
 
-def _train_on_ray(
-    config: TrainConfig,
-    stored: Recipe | None,
-    out: str,
-    *,
-    address: str | None,
-    overwrite: bool,
-    progress: Progress,
-    after: Callable[[int, int], None],
-) -> int:
+def _train_on_ray(call: _Call, address: str | None) -> int:
     with connect(address) as cluster:
-        scaling = _scaling(config, cluster)
-        kind: Literal["cpu", "cuda"] = "cuda" if cluster.n_gpus else "cpu"
-        recipe = stored or open_run(config, out, device=kind, overwrite=overwrite)
-        files = RunFiles(out)
-        first = max((line["step"] for line in Journal.read(files.metrics)), default=0)
+        share = share_of(call.config.workers, cluster)
+        recipe = call.recipe("cuda" if share.use_gpu else "cpu")
+        files = RunFiles(call.out)
+        first = latest_step(recipe, call.out)
         if store.exists(files.failure):
             store.write_atomic(files.failure, b"")
-        with _following(files, progress, recipe.config.steps):
-            _fit(recipe, out, scaling, after)
+        with _following(files, call.progress, recipe.config.steps, first):
+            _fit(recipe, call.out, share, call.after)
         _raise_noted(files)
     return first
 
 
-def _scaling(config: TrainConfig, cluster: Cluster) -> ScalingConfig:
-    """One GPU a worker where the cluster has GPUs, else an equal share of the processors.
+@dataclass(frozen=True)
+class Share:
+    """What each of `n_workers` gets: a GPU or not, and processors, which are its threads."""
+
+    n_workers: int
+    use_gpu: bool
+    n_cpus: int
+
+
+def share_of(n_workers: int, cluster: Cluster) -> Share:
+    """One GPU a worker where the cluster has GPUs, else an equal part of the processors.
 
     Raises:
         ResourceError: there are fewer than workers: Ray would wait for them for ever.
     """
-    n, kind = (cluster.n_gpus, "GPUs") if cluster.n_gpus else (cluster.n_cpus, "processors")
-    if config.workers > n:
+    use_gpu = cluster.n_gpus > 0
+    n, kind = (cluster.n_gpus, "GPUs") if use_gpu else (cluster.n_cpus, "processors")
+    if n_workers > n:
         raise ResourceError(
-            f"{config.workers} workers need {config.workers} {kind}, the cluster has {n}: use "
-            f"--workers {max(1, n)}, or a larger cluster"
+            f"{n_workers} workers need {n_workers} {kind}, the cluster has {n}: use --workers "
+            f"{max(1, n)}, or a larger cluster"
         )
-    if cluster.n_gpus:
-        n_cpus = max(1, min(GPU_WORKER_CPUS, cluster.n_cpus // cluster.n_gpus))
-        return ScalingConfig(
-            config.workers, use_gpu=True, resources_per_worker={"CPU": n_cpus, "GPU": 1}
-        )
-    workers_a_node = -(-config.workers // cluster.n_nodes)
-    n_cpus = max(1, cluster.n_cpus // cluster.n_nodes // workers_a_node)
-    return ScalingConfig(config.workers, use_gpu=False, resources_per_worker={"CPU": n_cpus})
+    if use_gpu:
+        return Share(n_workers, True, max(1, min(GPU_WORKER_CPUS, cluster.n_cpus // n)))
+    workers_a_node = -(-n_workers // cluster.n_nodes)
+    return Share(n_workers, False, max(1, cluster.n_cpus // cluster.n_nodes // workers_a_node))
 
 
-def _fit(
-    recipe: Recipe, out: str, scaling: ScalingConfig, after: Callable[[int, int], None]
-) -> None:
+def _fit(recipe: Recipe, out: str, share: Share, after: Callable[[int, int], None]) -> None:
     """Run the workers to their end.
 
     Raises:
@@ -217,18 +208,23 @@ def _fit(
     settings = {
         "recipe": recipe.model_dump(mode="json"),
         "out": out,
-        "n_threads": int(scaling.resources_per_worker["CPU"]),
+        "n_threads": share.n_cpus,
         "after": after,
     }
     with tempfile.TemporaryDirectory(prefix="bigseg-train-", ignore_cleanup_errors=True) as folder:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings,
-            scaling_config=scaling,
+            scaling_config=ScalingConfig(
+                num_workers=share.n_workers,
+                use_gpu=share.use_gpu,
+                resources_per_worker={"CPU": share.n_cpus, "GPU": int(share.use_gpu)},
+            ),
             run_config=RunConfig(
                 name=f"bigseg-{uuid.uuid4().hex[:12]}",
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=2),
+                # The types are those of Ray Train's first version (ray 2.60).
+                failure_config=FailureConfig(max_failures=3, controller_failure_limit=2),  # type: ignore[call-arg]
             ),
         )
         try:
@@ -316,13 +312,14 @@ def _raise_noted(files: RunFiles) -> None:
 
 
 @contextmanager
-def _following(files: RunFiles, progress: Progress, total: int) -> Iterator[None]:
+def _following(files: RunFiles, progress: Progress, total: int, first: int) -> Iterator[None]:
     """Show the steps that the journal reports while the body runs."""
     ended = threading.Event()
 
     def follow() -> None:
         with ExitStack() as stack:
             bar = _Bar(progress, total, stack)
+            bar.show(first)
             while not ended.wait(FOLLOW_EVERY_S):
                 _show_journal(files, bar)
             _show_journal(files, bar)

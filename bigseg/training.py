@@ -80,6 +80,12 @@ def run(
     return _Trainer(recipe, RunFiles(url), runtime, clock).train(after_step)
 
 
+def latest_step(recipe: Recipe, url: str) -> int:
+    """The step from which `run` would go on; 0 where there is no state yet."""
+    found = [_load_slot(state, recipe.fingerprint) for state in RunFiles(url).states]
+    return max(int(meta.get("step", 0)) for _, meta in found)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up over `warmup_steps`, at most half the run, then half a cosine down to 0."""
     warmup = min(config.optim.warmup_steps, config.steps // 2)

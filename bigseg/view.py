@@ -32,6 +32,7 @@ GAP_PX = 8
 CAPTION_PX = 18
 CONTRAST = (1.0, 99.8)  # percentiles shown as black and white
 OPACITY = 0.45
+SUFFIXES = (".ome.zarr", ".zarr")
 
 # Okabe & Ito 2008, told apart by colour-blind people too; class 0 is background.
 PALETTE = np.array(
@@ -82,6 +83,40 @@ def save_overlay(
     buffer = io.BytesIO()
     _side_by_side(panels).save(buffer, format="PNG")
     store.write_atomic(path, buffer.getvalue())
+
+
+def save_result_picture(
+    source: Volume, result: Volume, region: Region, *, channel: int, kind: Kind
+) -> str:
+    """A PNG of the plane in the middle of `region` (t, z, y, x): raw, result, overlay.
+
+    It lies beside the image and carries the result's name (or beside the result, where that is a
+    store of its own); for remote stores in the working directory. Returns its location. Of several
+    result channels the second is shown: the first is background.
+    """
+    t, z = ((a + b) // 2 for a, b in zip(region.start[:2], region.stop[:2], strict=True))
+    plane = Region((t, z, *region.start[2:]), (t + 1, z + 1, *region.stop[2:]))
+    shown = min(1, result.n_channels - 1)
+    path = _picture_path(source.url, result.url)
+    save_overlay(
+        path,
+        source.read(plane, (channel,))[0, 0, 0],
+        result.read(plane, (shown,))[0, 0, 0],
+        kind=kind,
+    )
+    return path
+
+
+def _picture_path(source_url: str, result_url: str) -> str:
+    def stem(url: str) -> str:
+        name = store.name_of(url)
+        return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), name)
+
+    if result_url.startswith(source_url):
+        base, name = source_url, f"{stem(source_url)}.{store.name_of(result_url)}.png"
+    else:
+        base, name = result_url, f"{stem(result_url)}.png"
+    return store.join(store.parent(base), name) if store.is_local(base) else name
 
 
 def middle_plane(volume: Volume, *, channel: int = 0, most_px: int = 4096) -> NDArray[Any]:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "bigseg"
 MOST_LINES = 400
 EVERYWHERE = sys.stdlib_module_names | {"numpy"}
 HEAVY = {"torch", "ray", "zarr", "dask", "numpy", "scipy", "openvino", "ome_zarr", "fsspec", "PIL"}
-ROOMS = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+ROOMS = sorted(p.stem for p in PACKAGE.glob("[!_]*.py"))
 
 
 @dataclass(frozen=True)

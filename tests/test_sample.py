@@ -90,8 +90,8 @@ def test_no_threshold_finds_the_borders(seed: int):
     smooth = np.rint(ndimage.gaussian_filter(light.astype(np.float32), (0.4, 0.8, 0.8)))
     for image in (light, smooth.astype(np.uint8)):
         scores = [best_threshold_iou(image, classes == k) for k in range(3)]
-        assert scores[2] < 0.45  # a small U-Net reaches 0.63 after a minute of training
-        assert np.mean(scores) < 0.45  # and 0.71
+        assert scores[2] < 0.45  # a U-Net of width 12 reaches 0.64 in 600 steps
+        assert np.mean(scores) < 0.45  # and 0.74
 
 
 def test_an_eight_bit_image_is_neither_clipped_nor_flat():
