@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MAX_CONFIG_BYTES = 1 << 20
+# Far beyond any useful network; a model file that claims more is damaged or hostile.
+LARGEST_STRIDE = 1024
+LARGEST_KERNEL = 63
 
 Positive = Annotated[int, Field(ge=1)]
 Axes = tuple[int, ...]
@@ -62,6 +66,10 @@ class UNetSpec(Settings):
             raise ValueError(f"each kernel and stride needs {self.dims} numbers, one for each axis")
         if any(k % 2 == 0 for kernel in self.kernels for k in kernel):
             raise ValueError("kernel sizes must be odd, so that the halo is the same on both sides")
+        if any(math.prod(axis) > LARGEST_STRIDE for axis in zip(*self.strides, strict=True)):
+            raise ValueError(f"the strides of an axis must multiply to at most {LARGEST_STRIDE}")
+        if any(k > LARGEST_KERNEL for kernel in self.kernels for k in kernel):
+            raise ValueError(f"kernel sizes must be at most {LARGEST_KERNEL}")
         return self
 
     @property
@@ -158,6 +166,9 @@ class ModelCard(Settings):
             )
         if self.voxel_um is not None and len(self.voxel_um) != self.spec.dims:
             raise ValueError(f"voxel_um needs {self.spec.dims} numbers")
+        constants, n = self.norm_constants, self.spec.in_channels
+        if constants is not None and not len(constants.offset) == len(constants.scale) == n:
+            raise ValueError(f"norm_constants need {n} offsets and scales, one for each channel")
         return self
 
 
@@ -295,9 +306,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} cannot be read: {error}; check the path") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         where = " ".join(str(error).split())
-        raise ConfigError(f"configuration {path} is not valid YAML: {where}") from None
+        raise ConfigError(f"configuration {path} is not valid YAML: {where}; correct it") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"configuration {path} must be a mapping of settings, such as `steps: 500`"
@@ -330,7 +341,9 @@ def parse_settings(model: type[S], values: Mapping[str, Any], *, source: str) ->
 
 
 def _sentence(model: type[Settings], error: pydantic.ValidationError, source: str) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key that must be there is unknown and missing: the first says more.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_beside(model, first["loc"])
@@ -340,7 +353,8 @@ def _sentence(model: type[Settings], error: pydantic.ValidationError, source: st
     if first["type"] == "missing":
         return f"{source}: the setting {key!r} is missing; give it"
     given = first["input"]
-    shown = f" = {given!r}" if isinstance(given, str | int | float | bool | list | tuple) else ""
+    plain = isinstance(given, str | int | float | bool | list | tuple)
+    shown = f" = {reprlib.repr(given)}" if plain else ""
     if isinstance(given, float) and not math.isfinite(given):
         return f"{source}: {key}{shown} is not a finite number; give one"
     return f"{source}: {key}{shown}: {first['msg'].removeprefix('Value error, ')}"

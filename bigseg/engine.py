@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,7 @@ from bigseg.model import ConvBlock, UNet, valid_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Precision = Literal["fp32", "bf16"]
@@ -117,20 +119,51 @@ def best_precision(device: Device | torch.device) -> Precision:
 
 
 def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> Forward:
-    """The reference forward: eager torch, channels last."""
+    """The reference forward: eager torch, channels last.
+
+    cuDNN neither times algorithms against each other nor uses ones that do not repeat themselves,
+    so that every worker gives the same bytes; fp32 is fp32, not TF32.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layout: Any = torch.channels_last if net.spec.dims == 2 else torch.channels_last_3d
-    module = _fold_batch_norm(valid_copy(net)).to(device=device, dtype=dtype)
+    module = _fold_batch_norm(valid_copy(net))
+    if device.type == "cpu":
+        module.head = _steady_head(module.head)
+    module = module.to(device=device, dtype=dtype)
     module = module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's own omission
 
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with torch.inference_mode(), _repeatable():
             x = torch.from_numpy(batch).to(device, dtype).to(memory_format=layout)
-            y: Tensor = module(x)
+            y: Tensor = module(x)[:, : net.spec.out_channels]
             probabilities: NDArray[np.float32] = y.float().softmax(dim=1).cpu().numpy()
             return probabilities
 
     return forward
+
+
+def _repeatable() -> AbstractContextManager[None]:
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return flags
+
+
+def _steady_head(head: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
+    """The 1x1 convolution so that its bytes do not depend on the number of threads.
+
+    torch leaves 1x1 convolutions to another library on one thread than on several, unless they are
+    dilated (which for one tap means nothing); oneDNN takes another algorithm for some odd numbers
+    of output channels. Measured with torch 2.13: without this 2-D networks differ in the last bit.
+    """
+    assert head.bias is not None, head
+    n = head.out_channels + -head.out_channels % 8
+    steady = type(head)(head.in_channels, n, 1, dilation=2)
+    weight, bias = torch.zeros_like(steady.weight), torch.zeros(n)
+    weight[: head.out_channels] = head.weight.detach()
+    bias[: head.out_channels] = head.bias.detach()
+    steady.weight, steady.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return steady.eval()
 
 
 class _WithSoftmax(nn.Module):
@@ -149,8 +182,10 @@ def _openvino_forward(
     import openvino
 
     module = _WithSoftmax(_fold_batch_norm(valid_copy(net)))
-    with torch.inference_mode():
-        # Traced on a small input that fits: the graph does not depend on the size.
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Traced on a small input that fits: the graph does not depend on the size, and what is
+        # cropped of a skip connection is the same for every size.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         small = _smallest_input(net, input_shape)
         model = openvino.convert_model(module, example_input=torch.zeros(small))
     model.reshape(list(input_shape))

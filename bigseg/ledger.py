@@ -12,6 +12,7 @@ the same: what is done is what the ledger says.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,8 +56,10 @@ class Ledger:
         Raises:
             OutputError: the place cannot be written.
         """
-        try:
-            group = zarr.create_group(store=url, zarr_format=3)
+        with _writing(url):
+            # What an earlier creation, cut short, left.
+            store.remove(url)
+            group = store.make_group(url, zarr_format=3)
             for stage, n in n_blocks.items():
                 group.create_array(
                     stage,
@@ -68,17 +71,26 @@ class Ledger:
                 )
             # Last: a ledger without a plan is one that was never finished being made.
             group.attrs["plan"] = dict(plan)
-        except OSError as error:
-            raise OutputError(f"the ledger {url} cannot be written: {error}") from error
         return cls(url, group, clock)
 
     @classmethod
     def open(cls, url: str, *, clock: Callable[[], float] = time.monotonic) -> Ledger | None:
         """The ledger at `url`, or None where there is none."""
-        if not store.exists(url):
+        if not store.exists(url) or store.is_empty(url):
             return None
-        group = zarr.open_group(url, mode="r+")
+        group = store.open_group(url, mode="r+")
         return cls(url, group, clock) if "plan" in group.attrs else None
+
+    def discard(self) -> None:
+        """Forget everything: what is deleted after this is never taken for finished.
+
+        Raises:
+            OutputError: it cannot be deleted.
+        """
+        # First in one atomic write, because deleting many files can be cut short.
+        with _writing(self.url):
+            self._group.attrs.put({})
+        store.remove(self.url)
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -95,7 +107,8 @@ class Ledger:
     def finish(self, record: Mapping[str, Any]) -> None:
         """Note that the output is complete, with the figures of the run."""
         self.flush()
-        self._group.attrs.update({"finished": True, "record": dict(record)})
+        with _writing(self.url):
+            self._group.attrs.update({"finished": True, "record": dict(record)})
 
     @property
     def record(self) -> dict[str, Any]:
@@ -106,7 +119,12 @@ class Ledger:
 
     def left(self, stage: str) -> Iterator[int]:
         """The blocks of a stage that are not done, in order; a snapshot of this moment."""
-        return iter(np.flatnonzero(self._of(stage) == 0).tolist())
+        marks = self._of(stage).copy()
+        return (
+            first + block
+            for first in range(0, len(marks), MARKS_PER_CHUNK)
+            for block in np.flatnonzero(marks[first : first + MARKS_PER_CHUNK] == 0).tolist()
+        )
 
     def n_done(self, stage: str) -> int:
         """Number of finished blocks of a stage."""
@@ -125,10 +143,15 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Write the chunks of marks that changed."""
-        for stage, chunk in sorted(self._changed):
-            part = slice(chunk * MARKS_PER_CHUNK, (chunk + 1) * MARKS_PER_CHUNK)
-            self._array(stage)[part] = self._of(stage)[part]
+        """Write the chunks of marks that changed.
+
+        Raises:
+            OutputError: they cannot be written; they are kept for the next time.
+        """
+        with _writing(self.url):
+            for stage, chunk in sorted(self._changed):
+                part = slice(chunk * MARKS_PER_CHUNK, (chunk + 1) * MARKS_PER_CHUNK)
+                self._array(stage)[part] = self._of(stage)[part]
         self._changed.clear()
         self._flushed_at = self._clock()
 
@@ -141,3 +164,16 @@ class Ledger:
         array = self._group[stage]
         assert isinstance(array, zarr.Array)
         return array
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"the ledger {url} cannot be written: {error.strerror or error}; check rights and "
+            "space, then run again"
+        ) from error

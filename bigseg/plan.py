@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from bigseg.engine import Device
 
 ALGORITHM = 1
-LARGEST_CHUNK = {2: 512, 3: 128}
+CHUNK_SIDE = {2: 512, 3: 128}
 MANY_CHUNKS = 4096
-PYRAMID_BLOCK_VOXELS = 1 << 24
+# What a block writes where bigseg may choose: the voxels that it reads are several times as many,
+# wider, and in memory with those of the next block.
+BLOCK_BYTES = 1 << 24
 PREDICT = "predict"
 
 
@@ -188,7 +190,8 @@ def pyramid_grid(level: Volume, fine_shape: Sequence[int], region: Region) -> Bl
     `region` is in voxels of the level with `fine_shape`.
     """
     unit = level.write_unit
-    core = _grow_to(unit, level.shape, PYRAMID_BLOCK_VOXELS)
+    bytes_per_voxel = level.n_channels * level.dtype.itemsize
+    core = _grow_to(unit, level.shape, BLOCK_BYTES // bytes_per_voxel)
     start, stop = [], []
     for a, b, n, fine, c in zip(
         region.start, region.stop, level.shape, fine_shape, core, strict=True
@@ -264,14 +267,17 @@ def _choose_output(config: SegmentConfig, card: ModelCard, source: Volume, tile:
             "an image must have its own size: say where a store of their own goes with --out"
         )
     url = config.out or store.join(source.url, "labels", config.name)
+    if f"{source.url}/".startswith(f"{url.rstrip('/')}/"):
+        raise UsageError(f"--out {url} holds the image itself: say another place for the output")
     if config.output == "labels":
-        dtype = "uint8" if card.spec.out_channels <= 256 else "uint16"
+        dtype, n_channels = "uint8" if card.spec.out_channels <= 256 else "uint16", 1
     else:
-        dtype = config.prob_dtype
+        dtype, n_channels = config.prob_dtype, card.spec.out_channels
     chunk = tuple(
-        _chunk_side(t, n, LARGEST_CHUNK[card.spec.dims])
+        _chunk_side(t, n, CHUNK_SIDE[card.spec.dims])
         for t, n in zip(tile, source.shape, strict=True)
     )
+    most_voxels = BLOCK_BYTES // (n_channels * np.dtype(dtype).itemsize)
     return OutputPlan(
         url=url,
         kind=config.output,
@@ -279,25 +285,26 @@ def _choose_output(config: SegmentConfig, card: ModelCard, source: Volume, tile:
         beside=beside,
         dtype=dtype,
         chunk=chunk,
-        shard=_choose_shard(source, tile, chunk),
+        shard=_choose_shard(source, tile, chunk, most_voxels),
         class_names=card.classes,
     )
 
 
-def _chunk_side(tile: int, length: int, most: int) -> int:
-    """The largest divisor of the tile up to `most`; no longer than an axis within one tile."""
-    if length <= min(tile, most):
-        return length
-    return next(d for d in range(min(tile, most), 0, -1) if tile % d == 0)
+def _chunk_side(tile: int, length: int, wanted: int) -> int:
+    """The side nearest to `wanted` that cuts a tile, or an axis within one tile, equally."""
+    if length <= tile:
+        return ceil_div(length, max(1, round(length / wanted)))
+    divisors = (d for d in range(1, tile + 1) if tile % d == 0)
+    return min(divisors, key=lambda d: max(d / wanted, wanted / d))
 
 
-def _choose_shard(source: Volume, tile: Vec, chunk: Vec) -> Vec | None:
+def _choose_shard(source: Volume, tile: Vec, chunk: Vec, most_voxels: int) -> Vec | None:
     """Whole tiles, where the output would otherwise be many thousands of files."""
     n_chunks = math.prod(ceil_div(n, c) for n, c in zip(source.shape, chunk, strict=True))
     if n_chunks < MANY_CHUNKS or source.multiscale.version == "0.4":
         return None
     sides = (round_up(t, c) for t, c in zip(tile, chunk, strict=True))
-    return _grow_to(tuple(sides), source.shape, 1 << 26)
+    return _grow_to(tuple(sides), source.shape, most_voxels)
 
 
 def _choose_core(config: SegmentConfig, source: Volume, tile: Vec, write_unit: Vec) -> Vec:
@@ -337,7 +344,11 @@ def _identity(source: Volume) -> str:
     """A hash of the metadata of what is read."""
     document = json.dumps(
         {
-            "array": source.array.metadata.to_dict(),
+            "array": {
+                key: value
+                for key, value in source.array.metadata.to_dict().items()
+                if key != "attributes"
+            },
             "level": source.multiscale.levels[source.level].path,
             "scale": source.multiscale.levels[source.level].scale,
         },

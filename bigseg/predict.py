@@ -59,8 +59,8 @@ class TileGeometry:
 
     def grown(self, core: Region) -> Region:
         """What must be read for all tiles that touch `core`; may leave the volume."""
-        tiles = list(tiles_of(core, self.tile))
-        first, last = tiles[0].start, tiles[-1].start
+        first = tuple(a // t * t for a, t in zip(core.start, self.tile, strict=True))
+        last = tuple((b - 1) // t * t for b, t in zip(core.stop, self.tile, strict=True))
         stop = tuple(a + o for a, o in zip(last, self.output, strict=True))
         return Region(first, stop).grow(self.halo, self.halo)
 
@@ -96,28 +96,51 @@ def default_tile(
     `n_planes` planes at once. The choice depends on the whole volume, never on a region of it.
     """
     mark = footprint(spec)
-    spatial = list(shape[-spec.dims :])
+    spatial = shape[-spec.dims :]
     lead = (1, min(n_planes, shape[1])) if spec.dims == 2 else (1,)
-    best: tuple[float, Vec] | None = None
     sides = [_candidate_sides(n, s) for n, s in zip(spatial, mark.stride, strict=True)]
-    for sizes in itertools.product(*sides):
-        output = mark.smallest_output(sizes)
-        n_bytes = math.prod(lead) * forward_bytes(spec, output)
+    computed = [
+        {side: mark.smallest_output((side,) * spec.dims)[axis] for side in candidates}
+        for axis, candidates in enumerate(sides)
+    ]
+
+    def output_of(sizes: Vec) -> Vec:
+        return tuple(output[side] for output, side in zip(computed, sizes, strict=True))
+
+    def fits(sizes: Vec) -> bool:
+        return math.prod(lead) * forward_bytes(spec, output_of(sizes)) <= budget_bytes
+
+    def cost(sizes: Vec) -> int:
         n_tiles = math.prod(ceil_div(n, s) for n, s in zip(spatial, sizes, strict=True))
-        # Beyond the budget the least memory wins, so that there is always a tile.
-        cost = n_tiles * mark.flops(output) if n_bytes <= budget_bytes else 1e30 * n_bytes
-        if best is None or cost < best[0]:
-            best = cost, sizes
-    assert best is not None
-    return (*lead, *best[1])
+        return n_tiles * mark.flops(output_of(sizes))
+
+    # Along the last axis the longest side that fits computes least, unless the last tile of the
+    # axis is then nearly empty: two are enough to look at.
+    candidates = (
+        sizes
+        for first in itertools.product(*sides[:-1])
+        for sizes in itertools.islice(filter(fits, ((*first, side) for side in sides[-1])), 2)
+    )
+    # Where nothing fits the budget the least memory wins, so that there is always a tile.
+    smallest = tuple(axis[-1] for axis in sides)
+    return (*lead, *min(candidates, key=cost, default=smallest))
 
 
 def _candidate_sides(length: int, stride: int) -> list[int]:
-    """Multiples of the stride that divide an axis into equal parts, at most a dozen."""
-    most = round_up(LARGEST_TILE, stride)
-    parts = range(ceil_div(length, most), ceil_div(length, most) + 24)
-    sides = sorted({round_up(ceil_div(length, n), stride) for n in parts}, reverse=True)
-    return [s for s in sides if s <= most][:12]
+    """Sides that cut an axis into equal parts, from the longest to a single stride by sixths."""
+    sides: list[int] = []
+    wanted = round_up(LARGEST_TILE, stride)
+    while not sides or sides[-1] > stride:
+        n_parts = ceil_div(length, wanted)
+        # A tile that is shorter than the axis is a multiple of 4, so that chunks can divide it.
+        unit = stride if n_parts == 1 else math.lcm(stride, 4)
+        side = round_up(ceil_div(length, n_parts), unit)
+        if side not in sides:
+            sides.append(side)
+        if wanted <= unit:
+            break
+        wanted = max(unit, wanted * 5 // 6)
+    return sides
 
 
 def forward_bytes(spec: UNetSpec, output: Sequence[int]) -> int:
@@ -125,7 +148,8 @@ def forward_bytes(spec: UNetSpec, output: Sequence[int]) -> int:
 
     At level 0 the input of the second convolution, its output and the kept skip are alive at once.
     """
-    voxels = math.prod(footprint(spec).input_shape(output))
+    halo = footprint(spec).halo
+    voxels = math.prod(o + 2 * h for o, h in zip(output, halo, strict=True))
     return int(4 * voxels * (spec.in_channels + 3.5 * spec.widths[0]))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bigseg import store
 from bigseg.checkpoint import read_card, save_state
 from bigseg.config import TrainConfig, dump_yaml, parse_settings
-from bigseg.errors import ConfigError, InputNotFoundError, OutputError
+from bigseg.errors import ConfigError, InputError, InputNotFoundError, OutputError
 from bigseg.recipe import Recipe, differences, make_recipe
 
 if TYPE_CHECKING:
@@ -179,14 +179,18 @@ def finished(recipe: Recipe, url: str, *, first_step: int | None = None) -> Trai
 def _stored_recipe(files: RunFiles) -> Recipe | None:
     try:
         text = store.read_bytes(files.recipe, limit_bytes=MAX_RECIPE_BYTES)
-        values = json.loads(text)
-        assert isinstance(values, dict)
     except InputNotFoundError:
         return None
-    except (ValueError, AssertionError):
+    except InputError as error:
+        raise OutputError(f"{files.url} cannot be the folder of a run: {error}") from None
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
         raise ConfigError(
             f"{files.recipe} is damaged: use --overwrite to begin anew, or give another --out"
-        ) from None
+        )
     return parse_settings(Recipe, values, source=files.recipe)
 
 

@@ -15,9 +15,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from bigseg import store
+from bigseg import layout, store
+from bigseg.config import parse_settings
 from bigseg.engine import available_cpus, pick_device
-from bigseg.errors import OutputError, UsageError
+from bigseg.errors import ConfigError, InputError, OutputError, UsageError
 from bigseg.ledger import Ledger
 from bigseg.plan import Plan, make_plan, output_spec
 from bigseg.stages import BlockReport, Worker, stage_grids
@@ -46,7 +47,7 @@ class SegmentResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every block of every stage is written: the ledger says, not the lack of errors."""
+        """Whether every block of every stage is written, as the ledger says."""
         return self.n_done == self.n_blocks
 
 
@@ -94,7 +95,14 @@ def prepare(config: SegmentConfig, *, device: Device) -> tuple[Plan, Ledger]:
     ledger = Ledger.open(_ledger_url(plan))
     if ledger is None:
         return plan, _create_output(plan)
-    differences = Plan.model_validate(ledger.plan).differences(plan)
+    try:
+        begun = parse_settings(Plan, ledger.plan, source=ledger.url)
+    except ConfigError as error:
+        raise UsageError(
+            f"{url} was begun by another version of bigseg ({error}): go on with that one, choose "
+            "another --name or --out, or start anew with --overwrite"
+        ) from None
+    differences = begun.differences(plan)
     if differences:
         raise UsageError(
             f"{url} was made with other settings ({'; '.join(differences[:4])}): repeat those, "
@@ -138,9 +146,10 @@ def carry_out(plan: Plan, ledger: Ledger, executor: Executor, progress: Progress
         failed=tuple(failed),
         seconds=time.monotonic() - started,
     )
+    if result.is_complete and plan.output.beside:
+        # Also where it was listed before: another run can have taken it out of the list.
+        list_label(plan.source.url, plan.output.name)
     if result.is_complete and not ledger.is_finished:
-        if plan.output.beside:
-            list_label(plan.source.url, plan.output.name)
         ledger.finish({"seconds": round(result.seconds, 3), "blocks": n_done - n_before})
     return result
 
@@ -161,21 +170,56 @@ def _ledger_url(plan: Plan) -> str:
 def _create_output(plan: Plan) -> Ledger:
     source = open_volume(plan.source.url, level=plan.source.level)
     url = plan.output.url
-    create_pyramid(source, url, output_spec(plan), name=plan.output.name)
+    if _is_begun(plan):
+        _unlist(plan)
+    else:
+        create_pyramid(source, url, output_spec(plan), name=plan.output.name)
     n_blocks = {stage: len(grid) for stage, grid in stage_grids(plan).items()}
     return Ledger.create(_ledger_url(plan), plan.model_dump(mode="json"), n_blocks)
 
 
-def _remove(plan: Plan) -> None:
-    """Unlist and delete the old output, if bigseg made it."""
+def _is_begun(plan: Plan) -> bool:
+    """Whether the output of this very plan is there: created by a run killed before its ledger."""
     url = plan.output.url
     if not store.exists(url):
+        return False
+    try:
+        provenance = open_volume(url).provenance
+    except InputError:
+        return False
+    return (provenance or {}).get("fingerprint") == plan.fingerprint
+
+
+def _remove(plan: Plan) -> None:
+    """Unlist and delete the old output, if a segmentation by bigseg made it.
+
+    Its list entry and its ledger go first: what a removal that is cut short leaves is neither
+    listed nor taken for finished, and can be removed by the next.
+    """
+    url = plan.output.url
+    if not store.exists(url) or store.is_empty(url):
         return
-    if open_volume(url).provenance is None:
+    if not _is_made_by_segment(url):
         raise OutputError(
-            f"{url} was not made by bigseg, so --overwrite does not delete it: delete it yourself "
-            "or choose another --name or --out"
+            f"{url} was not made by bigseg segment, so --overwrite does not delete it: delete it "
+            "yourself or choose another --name or --out"
         )
+    _unlist(plan)
+    ledger = Ledger.open(_ledger_url(plan))
+    if ledger is not None:
+        ledger.discard()
+    store.remove(url)
+
+
+def _is_made_by_segment(url: str) -> bool:
+    try:
+        # Of the group alone: its arrays can be gone already.
+        provenance = store.open_group(url, mode="r").attrs.get(layout.PROVENANCE)
+    except InputError:
+        return False
+    return isinstance(provenance, dict) and "fingerprint" in provenance
+
+
+def _unlist(plan: Plan) -> None:
     if plan.output.beside:
         unlist_label(plan.source.url, plan.output.name)
-    store.remove(url)

@@ -6,12 +6,14 @@ result depend on where the blocks lie (Buglakova et al., ICCV 2025, arXiv 2503.1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 
+from bigseg.blocks import BlockGrid, Region, ceil_div
 from bigseg.config import NormConstants, NormRule
 from bigseg.errors import InputError
 
@@ -20,15 +22,20 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bigseg.blocks import Vec
     from bigseg.volume import Volume
 
 ENOUGH_VOXELS = 1 << 20
 MOST_VOXELS = 1 << 27
+READ_VOXELS = 1 << 20, 1 << 24
 N_BINS = 1 << 16
 
 
 def normalise(data: NDArray[Any], constants: NormConstants) -> NDArray[np.float32]:
-    """(data - offset) / scale for each channel; data is (c, t, z, y, x) of any real dtype."""
+    """(data - offset) / scale for each channel; data is (c, t, z, y, x) of any real dtype.
+
+    Values that are not finite become 0, the offset: one NaN would spread over the whole halo.
+    """
     shape = (-1,) + (1,) * (data.ndim - 1)
     # Offsets are subtracted before the multiplication, in float32, as the network sees them.
     offset = np.asarray(constants.offset, np.float32).reshape(shape)
@@ -36,6 +43,8 @@ def normalise(data: NDArray[Any], constants: NormConstants) -> NDArray[np.float3
     result = data.astype(np.float32)
     result -= offset
     result *= factor
+    if data.dtype.kind == "f":
+        result[~np.isfinite(result)] = 0
     return result
 
 
@@ -43,7 +52,7 @@ def norm_constants(volume: Volume, rule: NormRule, channels: Sequence[int]) -> N
     """What `rule` gives for these channels of the volume.
 
     Measured on the coarsest level that still has 2^20 voxels (never finer than the volume's own);
-    where that level has more than 2^27, on every k-th of its chunks, k as small as that allows.
+    where that level has more than 2^27, on every k-th of its blocks, k as small as that allows.
     Percentiles are exact for integers of up to 16 bits, else to 1/65536 of the range. Values that
     are not finite are left out.
 
@@ -83,55 +92,87 @@ class _Histogram:
 
 
 def _histogram(volume: Volume, channel: int) -> _Histogram:
-    blocks = _sampled_blocks(volume, channel)
-    low, high = _range_of(volume.dtype, blocks)
+    regions = _sampled_regions(volume)
+    low, high = _range_of(volume, channel, regions)
     if not low <= high:
         raise InputError(
             f"{volume.url} has no finite value in channel {channel}: there is nothing to normalise"
         )
     exact = volume.dtype.kind in "biu" and high - low < N_BINS
     n_bins = int(high - low) + 1 if exact else N_BINS
-    count = dask.delayed(_count, pure=True)
-    parts = dask.compute(*[count(block, low, high, n_bins, exact) for block in blocks])
+    count = dask.delayed(_count_exactly if exact else _count_in_bins)
+    parts = dask.compute(*[count(volume, r, channel, low, high, n_bins) for r in regions])
     counts: NDArray[np.int64] = np.stack(parts).sum(axis=0)
     step = 1.0 if exact else (high - low) / n_bins
     centres = low + step * (np.arange(n_bins, dtype=np.float64) + (0.0 if exact else 0.5))
     return _Histogram(centres, counts)
 
 
-def _sampled_blocks(volume: Volume, channel: int) -> list[Any]:
-    blocks: list[Any] = volume.dask(channels=[channel]).to_delayed().ravel().tolist()
-    every = max(1, -(-int(np.prod(volume.shape)) // MOST_VOXELS))
-    return blocks[::every]
+def _sampled_regions(volume: Volume) -> list[Region]:
+    """Every k-th block of the volume, in a time and memory that do not grow with it."""
+    grid = BlockGrid(Region.of_shape(volume.shape), _block_to_read(volume))
+    every = ceil_div(math.prod(volume.shape), MOST_VOXELS)
+    # A step that shares a factor with the number of blocks along an axis would visit the same
+    # planes again and again, for example only those at the border.
+    while any(math.gcd(every, n) > 1 for n in grid.shape):
+        every += 1
+    return [grid[i].core for i in range(0, len(grid), every)]
 
 
-def _range_of(dtype: np.dtype[Any], blocks: list[Any]) -> tuple[float, float]:
+def _block_to_read(volume: Volume) -> Vec:
+    """Whole write units, or chunks where those are large, enough of them for one task."""
+    least, most = READ_VOXELS
+    unit = volume.write_unit
+    block = list(unit if math.prod(unit) <= most else volume.chunk_shape)
+    while math.prod(block) < least:
+        open_axes = [i for i, n in enumerate(volume.shape) if block[i] < n]
+        if not open_axes:
+            break
+        block[min(open_axes, key=lambda i: block[i])] *= 2
+    return tuple(block)
+
+
+def _range_of(volume: Volume, channel: int, regions: list[Region]) -> tuple[float, float]:
+    """Smallest and largest finite value; of integers exact, and what a narrow type can hold."""
+    dtype = volume.dtype
     if dtype.kind == "b" or (dtype.kind in "ui" and dtype.itemsize <= 2):
         info = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
-        return float(info.min), float(info.max)
-    extremes = dask.delayed(_extremes, pure=True)
-    pairs = dask.compute(*[extremes(block) for block in blocks])
+        return info.min, info.max
+    extremes = dask.delayed(_extremes)
+    pairs = dask.compute(*[extremes(volume, region, channel) for region in regions])
     return min(p[0] for p in pairs), max(p[1] for p in pairs)
 
 
-def _extremes(block: NDArray[Any]) -> tuple[float, float]:
-    finite = block[np.isfinite(block)] if block.dtype.kind == "f" else block
-    return (float(finite.min()), float(finite.max())) if finite.size else (np.inf, -np.inf)
+def _extremes(volume: Volume, region: Region, channel: int) -> tuple[float, float]:
+    values = volume.read(region, [channel])
+    if values.dtype.kind in "iu":
+        return int(values.min()), int(values.max())
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
 
 
-def _count(
-    block: NDArray[Any], low: float, high: float, n_bins: int, exact: bool
+def _count_exactly(
+    volume: Volume, region: Region, channel: int, low: int, high: int, n_bins: int
 ) -> NDArray[np.int64]:
-    values = block.ravel()
-    if exact:
-        return np.bincount(values.astype(np.int64) - int(low), minlength=n_bins)
-    if values.dtype.kind == "f":
-        values = values[np.isfinite(values)]
-    if high == low:
-        counts = np.zeros(n_bins, np.int64)
-        counts[0] = values.size
-        return counts
-    return np.histogram(values.astype(np.float64), bins=n_bins, range=(low, high))[0]
+    """Counts of each integer from `low` to `high`."""
+    del high
+    values = volume.read(region, [channel]).ravel()
+    if values.dtype.itemsize < 8:
+        values = values.astype(np.int64)
+    # 64-bit values are subtracted in their own type: none is below `low`, and uint64 holds more
+    # than int64.
+    return np.bincount((values - values.dtype.type(low)).astype(np.int64), minlength=n_bins)
+
+
+def _count_in_bins(
+    volume: Volume, region: Region, channel: int, low: float, high: float, n_bins: int
+) -> NDArray[np.int64]:
+    """Counts of finite values in equal bins from `low` to `high`."""
+    values = volume.read(region, [channel]).ravel().astype(np.float64)
+    values = values[np.isfinite(values)]
+    per_value = n_bins / (high - low) if high > low else 0.0
+    bins = ((values - low) * per_value).astype(np.int64)
+    return np.bincount(bins.clip(max=n_bins - 1), minlength=n_bins)
 
 
 def _constants_of(
@@ -150,5 +191,8 @@ def _constants_of(
     cumulative = np.cumsum(counts)
     targets = np.array([rule.low, rule.high]) / 100 * cumulative[-1]
     low, high = values[np.searchsorted(cumulative, targets).clip(max=len(values) - 1)]
-    # An image that is mostly background can have both percentiles in it: then the range counts.
-    return (float(low), float(high - low)) if high > low else (float(low), float(values[-1] - low))
+    if high > low:
+        return float(low), float(high - low)
+    # Nearly all voxels have one value, such as the background: then the extreme farthest from it
+    # counts.
+    return float(low), float(max(values[-1] - low, low - values[0]))

@@ -206,7 +206,6 @@ def remove(url: str) -> None:
     fs, path = _filesystem(url)
     if not fs.exists(path):
         return
-    fs.invalidate_cache(path)
     if not is_empty(url) and not any(exists(join(url, name)) for name in METADATA_NAMES):
         raise OutputError(
             f"{url} is no Zarr store, so it is not deleted: delete it yourself or give another name"
@@ -224,6 +223,7 @@ def remove(url: str) -> None:
 def is_empty(url: str) -> bool:
     """Whether `url` is a directory with nothing in it but writes that were cut short."""
     fs, path = _filesystem(url)
+    fs.invalidate_cache(path)
     return bool(fs.isdir(path)) and all(e.endswith(PARTIAL) for e in fs.ls(path, detail=False))
 
 

@@ -208,6 +208,7 @@ def _fit(recipe: Recipe, out: str, share: Share, after: Callable[[int, int], Non
     settings = {
         "recipe": recipe.model_dump(mode="json"),
         "out": out,
+        "folder": os.getcwd(),
         "n_threads": share.n_cpus,
         "after": after,
     }
@@ -256,6 +257,8 @@ def _cause(failures: dict[int, Exception]) -> BigsegError:
 
 def _worker(settings: dict[str, Any]) -> None:
     """One worker: the loop, between Ray's process group and the run folder."""
+    if os.path.isdir(settings["folder"]):
+        os.chdir(settings["folder"])  # Relative paths mean what they mean to the driver.
     files = RunFiles(settings["out"])
     if _noted(files) is not None:
         return  # Another attempt would end in the same way.
@@ -270,13 +273,16 @@ def _worker(settings: dict[str, Any]) -> None:
         gather=_gather,
     )
     after: Callable[[int, int], None] = settings["after"]
+    recipe = Recipe.model_validate(settings["recipe"])
+    with _noting(files):
+        run(recipe, files.url, runtime, after_step=lambda step: after(rank, step))
+
+
+@contextmanager
+def _noting(files: RunFiles) -> Iterator[None]:
+    """Note an error that would come again, so that the next attempt ends at once."""
     try:
-        run(
-            Recipe.model_validate(settings["recipe"]),
-            files.url,
-            runtime,
-            after_step=lambda step: after(rank, step),
-        )
+        yield
     except (InputError, UsageError) as error:
         note = {"type": type(error).__name__, "message": str(error)}
         store.write_atomic(files.failure, json.dumps(note).encode())

@@ -77,7 +77,8 @@ def run(
         InputError: images or labels that cannot be used, or training that diverges.
         OutputError: the run cannot be written.
     """
-    return _Trainer(recipe, RunFiles(url), runtime, clock).train(after_step)
+    with torch.random.fork_rng(devices=[]):
+        return _Trainer(recipe, RunFiles(url), runtime, clock).train(after_step)
 
 
 def latest_step(recipe: Recipe, url: str) -> int:
@@ -114,9 +115,8 @@ class _Trainer:
     ) -> None:
         self.recipe, self.config, self.files, self.runtime = recipe, recipe.config, files, runtime
         self.clock = clock
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            net = UNet(recipe.card.spec)
+        torch.manual_seed(self.config.seed)
+        net = UNet(recipe.card.spec)
         self.layout: Any = torch.channels_last if self.config.dims == 2 else torch.channels_last_3d
         # torch's own omission: `to` with a memory format alone is missing in its types.
         self.net: UNet = net.to(runtime.device).to(memory_format=self.layout)  # type: ignore[call-overload]

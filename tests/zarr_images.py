@@ -1,14 +1,20 @@
-"""OME-Zarr images written with zarr alone, for tests: metadata by hand, apart from bigseg's code."""
+"""For tests: OME-Zarr images written with zarr alone, metadata by hand; and foreign validators."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import yaozarrs
 import zarr
 from numpy.typing import NDArray
 
+from bigseg.blocks import Region
+from bigseg.volume import OutputSpec, Volume
+
+SIZES = {"t": 3, "c": 2, "z": 5, "y": 9, "x": 11}
 TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
@@ -116,3 +122,54 @@ def ramp(shape: Sequence[int], dtype: str = "uint16") -> NDArray[Any]:
     if np.dtype(dtype).kind in "iu":
         values = values % min(np.iinfo(dtype).max, 2**62)
     return values.astype(dtype).reshape(tuple(shape))
+
+
+def canonical(data: NDArray[Any], axes: str) -> NDArray[Any]:
+    """`data` with axes (c, t, z, y, x), the slow and plain way."""
+    for name in "ctzyx":
+        if name not in axes:
+            data, axes = data[None], name + axes
+    return np.einsum(f"{axes}->ctzyx", data)
+
+
+def labels_spec(chunk: tuple[int, ...] = (1, 4, 4, 4), **changes: Any) -> OutputSpec:
+    """An output of uint32 labels, with `changes`."""
+    plain: dict[str, Any] = {
+        "dtype": np.dtype("uint32"),
+        "chunk": chunk,
+        "shard": None,
+        "channel_names": (),
+        "provenance": {"version": "0"},
+    }
+    return OutputSpec(**{**plain, **changes})
+
+
+def fill(volume: Volume, value: int = 1) -> None:
+    """Write one value to every voxel of every level."""
+    for level in range(volume.n_levels):
+        at = volume.at(level)
+        at.write(Region.of_shape(at.shape), np.full((at.n_channels, *at.shape), value, at.dtype))
+
+
+def validate(url: str) -> None:
+    """Both validators, on a 0.4 or 0.5 image with its labels."""
+    yaozarrs.validate_zarr_store(url)
+    group = zarr.open_group(url, mode="r")
+    with warnings.catch_warnings():
+        # ome-zarr-models builds pydantic models whose field names shadow their parents'.
+        warnings.simplefilter("ignore")
+        import ome_zarr_models.v04
+        import ome_zarr_models.v05
+
+        version = ome_zarr_models.v04 if group.metadata.zarr_format == 2 else ome_zarr_models.v05
+        image = version.Image.from_zarr(group)
+        if "labels" in group:
+            labels = version.Labels.from_zarr(group["labels"])
+            assert labels is not None
+            for name in (
+                labels.attributes.labels
+                if version is ome_zarr_models.v04
+                else (labels.ome_attributes.labels)
+            ):
+                version.ImageLabel.from_zarr(group["labels"][name])
+        assert image is not None
