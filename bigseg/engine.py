@@ -135,9 +135,7 @@ def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> F
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode(), _repeatable():
             x = torch.from_numpy(batch).to(device, dtype).to(memory_format=layout)
-            y: Tensor = module(x)[:, : net.spec.out_channels]
-            probabilities: NDArray[np.float32] = y.float().softmax(dim=1).cpu().numpy()
-            return probabilities
+            return _probabilities(module(x)[:, : net.spec.out_channels].float())
 
     return forward
 
@@ -147,6 +145,19 @@ def _repeatable() -> AbstractContextManager[None]:
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
     return flags
+
+
+def _probabilities(logits: Tensor) -> NDArray[np.float32]:
+    """Softmax over axis 1, the same bytes for any number of threads."""
+    if logits.is_cuda:
+        on_gpu: NDArray[np.float32] = logits.softmax(dim=1).cpu().numpy()
+        return on_gpu
+    # torch's own takes another exp for the ends of what each thread gets (2.13); numpy is as fast.
+    result: NDArray[np.float32] = logits.contiguous().numpy()
+    result -= result.max(axis=1, keepdims=True)
+    np.exp(result, out=result)
+    result /= result.sum(axis=1, keepdims=True)
+    return result
 
 
 def _steady_head(head: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
@@ -186,6 +197,8 @@ def _openvino_forward(
         # Traced on a small input that fits: the graph does not depend on the size, and what is
         # cropped of a skip connection is the same for every size.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        # OpenVINO 2026.4 still traces, which torch 2.13 discourages.
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         small = _smallest_input(net, input_shape)
         model = openvino.convert_model(module, example_input=torch.zeros(small))
     model.reshape(list(input_shape))

@@ -262,9 +262,10 @@ def _choose_output(config: SegmentConfig, card: ModelCard, source: Volume, tile:
     if beside and config.output == "probabilities":
         raise UsageError("--output probabilities makes an image of its own: say where with --out")
     if beside and source.level != 0:
+        reason = "--level" if config.level is not None else "nearest to the model's voxel size"
         raise UsageError(
-            f"the model's voxel size matches level {source.level} of the image, and labels beside "
-            "an image must have its own size: say where a store of their own goes with --out"
+            f"level {source.level} of the image is segmented ({reason}), and labels beside an "
+            "image must have its own size: say where a store of their own goes with --out"
         )
     url = config.out or store.join(source.url, "labels", config.name)
     if f"{source.url}/".startswith(f"{url.rstrip('/')}/"):

@@ -96,7 +96,7 @@ def read_bytes(url: str, *, limit_bytes: int) -> bytes:
     fs, path = _filesystem(url)
     try:
         with fs.open(path, "rb") as file:
-            data: bytes = file.read(limit_bytes + 1)
+            data = _read_at_most(file, limit_bytes + 1)
     except FileNotFoundError:
         raise InputNotFoundError(f"no such file: {url}; check the path") from None
     except OSError as error:
@@ -330,6 +330,15 @@ def _check_writable(url: str) -> None:
     _, path = _filesystem(url)
     if is_local(url) and os.path.exists(path) and not os.access(path, os.W_OK):
         raise _unwritable(url, PermissionError("no permission to write"))
+
+
+def _read_at_most(file: Any, n_bytes: int) -> bytes:  # noqa: ANN401 - fsspec's files have no type
+    # In pieces: a read allocates what it is asked for, and small machines refuse to give it.
+    pieces = []
+    while n_bytes > 0 and (piece := file.read(min(n_bytes, 1 << 24))):
+        pieces.append(piece)
+        n_bytes -= len(piece)
+    return b"".join(pieces)
 
 
 def _unwritable(url: str, error: Exception) -> OutputError:

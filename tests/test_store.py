@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,16 @@ def test_reading_more_than_the_limit_is_refused(root: str) -> None:
 def test_reading_what_is_not_there_says_so(root: str) -> None:
     with pytest.raises(InputNotFoundError, match=r"no such file: .*nope; check the path"):
         store.read_bytes(store.join(root, "nope"), limit_bytes=1)
+
+
+def test_reading_allocates_what_the_file_has_and_not_the_limit(root: str) -> None:
+    url = store.join(root, "file")
+    store.write_atomic(url, b"x" * 1000)
+    tracemalloc.start()
+    assert len(store.read_bytes(url, limit_bytes=1 << 40)) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 26
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_bytes_and_no_rest(
