@@ -21,19 +21,19 @@ from bigseg import layout, store
 from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
 from bigseg.errors import InputError, OutputError, UsageError
 from bigseg.ngff import AXIS_TYPES, UNIT_TO_UM, Axis, Level, Multiscale
+from bigseg.progress import NullProgress
 from bigseg.pyramid import downsample, level_rule, source_region
 from bigseg.sources import DEFAULT_AXES, Source, open_source
 from bigseg.units import canonical_unit
 from bigseg.volume import CANONICAL, OutputSpec, Volume, open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from bigseg.progress import Progress
     from bigseg.pyramid import Method
-
-    Progress = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def convert(
 
     `axes` name the axes of the array that the files form (`zyx`); without, the files' metadata
     do, else their number does (yx, zyx, czyx, tczyx). `voxel_size` is along the spatial axes, in
-    `unit`; without, the files' metadata say it, if they do. `progress` gets (blocks done, blocks).
+    `unit`; without, the files' metadata say it, if they do.
 
     Raises:
         InputError: a file cannot be used, or labels are no integers or of another shape than the
@@ -179,12 +179,11 @@ def _carry_out(job: _Job, placed: _Placed, *, overwrite: bool, progress: Progres
     array = layout.create_arrays(job.url, job.multiscale, job.shapes, job.spec)
     volume = Volume(job.url, job.multiscale, 0, array)
     grids = [_blocks(volume.at(level)) for level in range(volume.n_levels)]
-    total, done = sum(map(len, grids)), 0
-    for level, grid in enumerate(grids):
-        for _ in _fill_level(volume, level, grid, placed, job):
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    total = sum(map(len, grids))
+    with (progress or NullProgress()).task("convert", total=total, unit="blocks") as task:
+        for level, grid in enumerate(grids):
+            for _ in _fill_level(volume, level, grid, placed, job):
+                task.advance()
     beside = None if job.image_url is None else layout.path_to_image(job.image_url, job.url)
     windows = _windows(volume) if volume.multiscale.channels else ()
     layout.publish(job.url, job.multiscale, job.spec, source=beside, windows=windows)

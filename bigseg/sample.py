@@ -2,6 +2,7 @@
 
     URL/                 uint8, axes z,y,x or y,x, micrometer, with a mean pyramid
       labels/cells/      the true cells (0 is background), with a majority pyramid
+      labels/tissue/     0 background, 1 inside of a cell, 2 border between or around cells
 
 The tissue is rendered core by core, so memory does not grow with the volume, and the same seed,
 shape and voxel size give the same bytes. `labels` lists `cells` when everything is there.
@@ -18,6 +19,7 @@ from bigseg.blocks import BlockGrid, Region, ceil_div
 from bigseg.errors import InputError, OutputError, UsageError
 from bigseg.progress import NullProgress
 from bigseg.pyramid import downsample, level_rule, source_region
+from bigseg.targets import boundary, boundary_margin_vox, class_names
 from bigseg.tissue import Tissue
 from bigseg.volume import OutputSpec, Volume, create_pyramid, list_label, open_volume
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from bigseg.pyramid import Method
 
 LABELS = "cells"
+TISSUE = "tissue"
+BORDER_VOX = 2.0
 SHAPE: Vec = (64, 256, 256)
 VOXEL_UM = {3: (1.0, 0.5, 0.5), 2: (0.5, 0.5)}
 
@@ -62,16 +66,21 @@ def make_sample(
         _remove_sample(url)
     tissue = _tissue(seed, shape, voxel_um)
     image = _create_image(url, tissue, shape, voxel_um)
-    labels = _create_labels(image, tissue)
+    labels = _create_labels(image, LABELS, tissue.label_dtype)
+    classes = _create_labels(image, TISSUE, np.dtype(np.uint8), class_names("boundary"))
     shapes = [image.at(level).shape for level in range(image.n_levels)]
     grids = [_grid(level_shape, len(shape)) for level_shape in shapes]
     progress = progress or NullProgress()
-    with progress.task("sample", total=2 * sum(map(len, grids)), unit="blocks") as task:
+    with progress.task("sample", total=3 * sum(map(len, grids)), unit="blocks") as task:
         _render(tissue, grids[0], image=image, labels=labels, task=task)
         for level, grid in enumerate(grids[1:], start=1):
             _fill_level(image, level, grid, method="mean", task=task)
             _fill_level(labels, level, grid, method="mode", task=task)
+        _classify(labels, classes, grids[0], voxel_um, task=task)
+        for level, grid in enumerate(grids[1:], start=1):
+            _fill_level(classes, level, grid, method="mode", task=task)
     list_label(image.url, LABELS)
+    list_label(image.url, TISSUE)
     return open_volume(image.url)
 
 
@@ -126,16 +135,26 @@ def _create_image(url: str, tissue: Tissue, shape: Vec, voxel_um: tuple[float, .
     return Volume(url.rstrip("/"), ms, 0, array)
 
 
-def _create_labels(image: Volume, tissue: Tissue) -> Volume:
+def _create_labels(
+    image: Volume, name: str, dtype: np.dtype[Any], classes: tuple[str, ...] = ()
+) -> Volume:
     made = {"sample": {"truth": True}}
-    spec = _spec(tissue.label_dtype, len(image.spatial_axes), made)
-    url = store.join(image.url, "labels", LABELS)
-    return create_pyramid(image, url, spec, name=LABELS)
+    spec = _spec(dtype, len(image.spatial_axes), made, classes)
+    return create_pyramid(image, store.join(image.url, "labels", name), spec, name=name)
 
 
-def _spec(dtype: np.dtype[Any], dims: int, made: dict[str, Any]) -> OutputSpec:
+def _spec(
+    dtype: np.dtype[Any], dims: int, made: dict[str, Any], classes: tuple[str, ...] = ()
+) -> OutputSpec:
     chunk = (1,) * (4 - len(CHUNK[dims])) + CHUNK[dims]
-    return OutputSpec(dtype=dtype, chunk=chunk, shard=None, channel_names=(), provenance=made)
+    return OutputSpec(
+        dtype=dtype,
+        chunk=chunk,
+        shard=None,
+        channel_names=(),
+        provenance=made,
+        class_names=classes,
+    )
 
 
 def _pyramid_factors(shape: Vec, voxel_um: tuple[float, ...]) -> list[Vec]:
@@ -173,6 +192,21 @@ def _render(tissue: Tissue, grid: BlockGrid, *, image: Volume, labels: Volume, t
         image.write(core, light[None, None])
         labels.write(core, cells[None, None])
         task.advance(2, voxels=core.n_voxels)
+
+
+def _classify(
+    cells: Volume, classes: Volume, grid: BlockGrid, voxel_um: tuple[float, ...], *, task: Task
+) -> None:
+    """Background, inside and border of the cells; each block sees as far as a border reaches."""
+    dims = len(voxel_um)
+    margin = (0,) * (4 - dims) + boundary_margin_vox(BORDER_VOX, voxel_um)
+    for block in grid:
+        grown = block.core.grow(margin, margin).intersect(Region.of_shape(cells.shape))
+        around = cells.read(grown)[0, 0].reshape(grown.shape[-dims:])
+        found = boundary(around, border_vox=BORDER_VOX, voxel_size=voxel_um).reshape(grown.shape)
+        core = found[block.core.relative_to(grown.start).slices].astype(np.uint8)
+        classes.write(block.core, core[None])
+        task.advance(voxels=block.core.n_voxels)
 
 
 def _fill_level(volume: Volume, level: int, grid: BlockGrid, *, method: Method, task: Task) -> None:

@@ -1,5 +1,7 @@
 """Small images and models that several tests need, made without bigseg's own writers."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import zarr
@@ -64,3 +66,27 @@ def config_of(image, model, out, **options):
         "out": None if out is None else str(out),
     }
     return SegmentConfig(image=image, model=model, **{**defaults, **options})
+
+
+class Recorder:
+    """A progress that notes what it is told, and calls `after` with the number of units done."""
+
+    def __init__(self, after=None):
+        self.tasks = []
+        self._after = after or (lambda _: None)
+
+    @contextmanager
+    def task(self, label, *, total, unit, done=0):
+        entry = {"label": label, "total": total, "unit": unit, "done": done}
+        self.tasks.append(entry)
+        yield _Recording(entry, self._after)
+
+
+class _Recording:
+    def __init__(self, entry, after):
+        self._entry, self._after = entry, after
+
+    def advance(self, n=1, *, voxels=0):
+        del voxels
+        self._entry["done"] += n
+        self._after(self._entry["done"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from helpers import Recorder
 from numpy.typing import NDArray
 from PIL import Image
 from zarr_images import ramp, validate, write_image
@@ -186,11 +187,12 @@ def test_only_planes_of_one_block_are_held(tmp_path: Path, monkeypatch: pytest.M
 
 def test_progress_counts_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_room, "BLOCK_BYTES", 1)
-    seen: list[tuple[int, int]] = []
+    seen = Recorder()
     source = tiff(tmp_path / "a.tif", ramp((130, 140, 70), "uint8"))
-    convert([source], str(tmp_path / "a.zarr"), progress=lambda a, b: seen.append((a, b)))
-    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
-    assert len(seen) == 3 * 3 * 2 + 2 * 2 * 1
+    convert([source], str(tmp_path / "a.zarr"), progress=seen)
+    n_blocks = 3 * 3 * 2 + 2 * 2 * 1
+    wanted = {"label": "convert", "total": n_blocks, "unit": "blocks", "done": n_blocks}
+    assert seen.tasks == [wanted]
 
 
 @pytest.mark.parametrize(
@@ -298,12 +300,12 @@ def test_a_conversion_cut_short_is_no_image_and_is_done_anew(
     out = str(tmp_path / "a.zarr")
     monkeypatch.setattr(convert_room, "BLOCK_BYTES", 1)
 
-    def stop(done: int, _: int) -> None:
+    def stop(done: int) -> None:
         if done == 3:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        convert([source], out, progress=stop)
+        convert([source], out, progress=Recorder(stop))
     assert store.exists(out)
     with pytest.raises(NotOmeZarrError, match="without OME-Zarr metadata"):
         open_volume(out)
