@@ -12,7 +12,7 @@ import os
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -34,17 +34,32 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to work with, over all nodes."""
+    """What there is to work with: for each node its processors and GPUs."""
 
-    n_cpus: int
-    n_gpus: int
-    n_nodes: int
-    is_local: bool
+    nodes: tuple[tuple[int, int], ...]
+    is_local: bool = True
 
     @property
-    def device(self) -> str:
-        """`cuda` where the cluster has GPUs, else `cpu`."""
-        return "cuda" if self.n_gpus else "cpu"
+    def n_cpus(self) -> int:
+        """Processors of all nodes."""
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def n_gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(gpus for _, gpus in self.nodes)
+
+    def cpus_a_worker(self, n_workers: int) -> int:
+        """The most processors that each of `n_workers` can have so that all find a node.
+
+        On a cluster with GPUs workers go where those are, as many to each GPU.
+        """
+        if self.n_gpus:
+            on_a_gpu = -(-n_workers // self.n_gpus)
+            return max(1, min(cpus // (gpus * on_a_gpu) for cpus, gpus in self.nodes if gpus))
+        most = self.n_cpus // max(1, n_workers)
+        fitting = (n for n in range(most, 0, -1) if sum(c // n for c, _ in self.nodes) >= n_workers)
+        return next(fitting, 1)
 
 
 @contextmanager
@@ -113,11 +128,8 @@ def set_worker_threads(n_threads: int) -> None:
 
 
 def _resources(*, is_local: bool) -> Cluster:
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes: list[dict[str, object]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
     return Cluster(
-        n_cpus=int(total.get("CPU", 0)),
-        n_gpus=int(total.get("GPU", 0)),
-        n_nodes=sum(bool(node["Alive"]) for node in nodes),
-        is_local=is_local,
+        tuple((int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive), is_local=is_local
     )

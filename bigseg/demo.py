@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CLASSES = ("background", "inside", "border")
 TRAIN, TEST = ":44,:,:", "52:,:,:"
-STEPS = 400
+STEPS = 200
 
 
 @dataclass(frozen=True)

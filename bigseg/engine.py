@@ -72,7 +72,8 @@ def resolve_engine(
     if precision == "auto":
         precision = best_precision(device)
     isa = "cuda" if device == "cuda" else _cpu_isa(precision)
-    package_version = version("openvino") if name == "openvino" else torch.__version__
+    # Without what follows the +: a driver without a GPU has another build than its workers.
+    package_version = version(name).partition("+")[0]
     return EngineSpec(
         name=name, device=device, precision=precision, version=package_version, isa=isa
     )

@@ -192,4 +192,4 @@ def _share(cluster: Cluster, config: SegmentConfig, plan: Plan) -> tuple[int, in
     else:
         n_workers = config.workers or n_workers_for(plan, cluster.n_cpus)
         n_gpus = 0.0
-    return n_workers, max(1, cluster.n_cpus // n_workers), n_gpus
+    return n_workers, cluster.cpus_a_worker(n_workers), n_gpus

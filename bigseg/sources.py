@@ -102,7 +102,7 @@ def _open(path: str) -> Source:
         return opener(file, dataset)
     except ImportError as error:
         raise ResourceError(
-            f"{path} needs the package {error.name}: install it with `pip install bigseg[convert]`"
+            f"{path} needs the package {error.name}: install it with `pip install {error.name}`"
         ) from None
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from None
@@ -112,7 +112,7 @@ class _Tiff:
     """The first series of a TIFF file."""
 
     def __init__(self, path: str, _: str) -> None:
-        import tifffile  # an optional package
+        import tifffile  # slow to import, and TIFF alone needs it
 
         self.name = path
         try:

@@ -191,10 +191,8 @@ def share_of(n_workers: int, cluster: Cluster) -> Share:
             f"{n_workers} workers need {n_workers} {kind}, the cluster has {n}: use --workers "
             f"{max(1, n)}, or a larger cluster"
         )
-    if use_gpu:
-        return Share(n_workers, True, max(1, min(GPU_WORKER_CPUS, cluster.n_cpus // n)))
-    workers_a_node = -(-n_workers // cluster.n_nodes)
-    return Share(n_workers, False, max(1, cluster.n_cpus // cluster.n_nodes // workers_a_node))
+    cpus = cluster.cpus_a_worker(n_workers)
+    return Share(n_workers, use_gpu, min(GPU_WORKER_CPUS, cpus) if use_gpu else cpus)
 
 
 def _fit(recipe: Recipe, out: str, share: Share, after: Callable[[int, int], None]) -> None:

@@ -176,7 +176,8 @@ def test_auto_takes_openvino_on_processors_and_torch_on_gpus():
     assert (on_cpu.name, on_cpu.device) == ("openvino", "cpu")
     on_gpu = resolve_engine("auto", "fp32", device="cuda")
     assert (on_gpu.name, on_gpu.device, on_gpu.isa) == ("torch", "cuda", "cuda")
-    assert on_gpu.version == torch.__version__
+    # Without the build: a driver without a GPU has another than its workers.
+    assert on_gpu.version == torch.__version__.partition("+")[0]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def assert_writable(grid, volume):
 
 
 @settings(
-    max_examples=20,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -184,7 +184,7 @@ def test_the_default_tile_fits_the_network_and_the_budget(shape, spec):
 
 def test_the_default_tile_computes_little_more_than_a_much_finer_search():
     mark = footprint(WIDE_3D)
-    for shape in [(1, 700, 700, 700), (1, 90, 1500, 1500)]:
+    for shape in [(1, 300, 700, 700)]:
 
         def cost(tile, shape=shape):
             n_tiles = math.prod(-(-n // t) for n, t in zip(shape[1:], tile, strict=True))

@@ -24,7 +24,7 @@ from bigseg.segment import SerialExecutor, carry_out, prepare, segment_serially
 from bigseg.volume import Volume, open_volume
 
 SPEC = UNetSpec.build(3, out_channels=3, depth=1, width=2)
-SHAPE = (8, 40, 36)
+SHAPE = (8, 36, 20)
 OPTIONS = {"tile": (4, 16, 16), "output": "labels"}
 
 
@@ -89,8 +89,8 @@ def run_until_killed(config, after):
 def test_a_run_that_was_cut_off_redoes_only_what_is_missing(image, model, tmp_path):
     whole = tmp_path / "whole.zarr"
     every = run_until_killed(config_of(image, model, whole, **OPTIONS), 99)
-    assert len(every) == 20
-    for after in (0, 7, 18, 19):
+    assert len(every) == 14
+    for after in (0, 5, 12, 13):
         out = tmp_path / f"{after}.zarr"
         config = config_of(image, model, out, **OPTIONS)
         first = run_until_killed(config, after)
@@ -273,10 +273,10 @@ def test_labels_are_listed_only_when_complete_and_beside_others(image, model):
     write_version(f"{image}/labels/cells", [noise(SHAPE)], "zyx")
     list_label(image, "cells")
     config = config_of(image, model, None, **OPTIONS)
-    for after in (3, 12, 5):
+    for after in (3, 9, 2):
         run_until_killed(config, after)
         listed = open_volume(image).label_names()
-        assert listed == (("cells",) if after != 5 else ("cells", "bigseg"))
+        assert listed == (("cells",) if after != 2 else ("cells", "bigseg"))
 
 
 def test_a_result_that_fell_out_of_the_list_is_listed_again(image, model):
@@ -307,7 +307,7 @@ def test_a_block_that_fails_is_set_aside_and_done_by_the_next_run(
         result = run(config)
     assert not result.is_complete
     assert [report.block for report in result.failed] == [2, 5]
-    assert result.failed[0].error == f"block 0:1,0:4,0:16,32:36: ValueError: no luck in {step}"
+    assert result.failed[0].error == f"block 0:1,0:4,16:32,0:16: ValueError: no luck in {step}"
     assert "Traceback" in result.failed[0].details
     # The pyramid is not built on holes, and what has holes is not listed.
     assert result.n_done == len(result.plan.grid) - 2
@@ -330,6 +330,17 @@ def test_an_error_of_bigseg_in_a_block_is_told_in_its_own_words(image, model, mo
 
 
 # What is written
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "dtype"), [(1, "uint8"), (2, "uint8"), (5, "uint8"), (300, "uint16")]
+)
+def test_labels_are_the_most_probable_class_and_the_first_of_equals(n_classes, dtype):
+    # Few different values, so that ties are frequent.
+    data = np.random.default_rng(3).integers(0, 4, (n_classes, 1, 3, 5, 7)).astype(np.float32)
+    found = stages._argmax(data, np.dtype(dtype))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, data.argmax(axis=0, keepdims=True))
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -438,11 +449,11 @@ def test_a_coarser_level_is_segmented_as_an_image_of_its_own(image, model, tmp_p
 
 def test_the_pyramid_of_a_region_is_the_same_as_of_the_whole_where_it_is_inside(image, model):
     run(config_of(image, model, None, **OPTIONS, name="whole"))
-    run(config_of(image, model, None, **OPTIONS, name="part", region="0:8,8:32,4:32"))
+    run(config_of(image, model, None, **OPTIONS, name="part", region="0:8,8:32,4:16"))
     whole, part = (levels_of(f"{image}/labels/{name}") for name in ("whole", "part"))
     for level, (a, b) in enumerate(zip(whole, part, strict=True)):
         f = 2**level
-        inside = (slice(None), slice(8 // f, 32 // f), slice(4 // f, 32 // f))
+        inside = (slice(None), slice(8 // f, 32 // f), slice(4 // f, 16 // f))
         np.testing.assert_array_equal(b[inside], a[inside])
         outside = np.ones(b.shape, bool)
         outside[inside] = False
@@ -465,4 +476,4 @@ def test_every_mark_is_the_checksum_of_what_lies_on_disk(image, model):
     for block in itertools.islice(plan.grid, 0, None, 5):
         stored = output.read(block.core)
         assert ledger.checksum(PREDICT, block.index) == stages._checksum(stored)
-    assert ledger.record["blocks"] == 20
+    assert ledger.record["blocks"] == 14

@@ -15,6 +15,7 @@ from bigseg.progress import NullProgress
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
     with connect("local", n_cpus=2):
@@ -34,11 +35,11 @@ CASES = {
         {"chunks": (1, 32, 32), "n_levels": 3},
         {"output": "labels", "tile": (32, 32)},
     ),
-    "3-D, uint8, a region": (
+    "3-D, uint8, a region, OpenVINO": (
         UNetSpec.build(3, out_channels=2, depth=1, width=4),
         (20, 33, 47),
         {"chunks": (8, 16, 16)},
-        {"tile": (8, 16, 16), "region": "3:17,:,10:40"},
+        {"tile": (8, 16, 16), "region": "3:17,:,10:40", "engine": "openvino"},
     ),
 }
 
@@ -59,9 +60,8 @@ def test_one_and_two_actors_give_the_bytes_of_the_serial_executor(case, tmp_path
         if name == "serial":
             result = segment_serially(config_of(image, model, out, **options), NullProgress())
         else:
-            config = config_of(
-                image, model, out, executor="ray", workers=1 + (name == "two"), **options
-            )
+            workers = {"one": 1, "two": 2}[name]
+            config = config_of(image, model, out, executor="ray", workers=workers, **options)
             result = infer_actor.segment_on_ray(config, NullProgress())
         assert result.is_complete
         assert len(result.plan.grid) > 3

@@ -99,11 +99,11 @@ def test_too_many_workers_are_refused_at_once(one_ray, tmp_path):
 @pytest.mark.parametrize(
     ("n_workers", "cluster", "share"),
     [
-        (1, Cluster(n_cpus=8, n_gpus=0, n_nodes=1, is_local=True), Share(1, False, 8)),
-        (3, Cluster(n_cpus=8, n_gpus=0, n_nodes=1, is_local=True), Share(3, False, 2)),
-        (3, Cluster(n_cpus=16, n_gpus=0, n_nodes=2, is_local=False), Share(3, False, 4)),
-        (2, Cluster(n_cpus=64, n_gpus=4, n_nodes=2, is_local=False), Share(2, True, 4)),
-        (4, Cluster(n_cpus=8, n_gpus=4, n_nodes=1, is_local=True), Share(4, True, 2)),
+        (1, Cluster(((8, 0),)), Share(1, False, 8)),
+        (3, Cluster(((8, 0),)), Share(3, False, 2)),
+        (3, Cluster(((8, 0), (8, 0))), Share(3, False, 4)),
+        (2, Cluster(((32, 2), (32, 2))), Share(2, True, 4)),
+        (4, Cluster(((8, 4),)), Share(4, True, 2)),
     ],
 )
 def test_each_worker_gets_a_gpu_or_an_equal_share(n_workers, cluster, share):
