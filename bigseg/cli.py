@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,7 +50,7 @@ class Command(click.Command):
     def _explain(sentence: str, *, verbose: bool) -> None:
         click.echo(f"error: {sentence}", err=True)
         if verbose:
-            logging.getLogger(__name__).exception("the traceback:")
+            click.echo(traceback.format_exc(), err=True)
 
 
 class Group(click.Group):
@@ -252,7 +253,7 @@ def train(
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
               show_default=True)  # fmt: skip
 @click.option("--norm", type=click.Choice(["volume", "model"]), default="volume",
-              show_default=True, help="Constants of this volume, or the training ones.")  # fmt: skip
+              show_default=True, help="Constants: this volume's or the training's.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a result that bigseg made.")
 @_verbose
 def segment(

@@ -10,6 +10,7 @@ It calls what the commands call; `as_text` names the commands that do the same.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,7 +53,8 @@ class DemoResult:
 
     def as_text(self) -> str:
         """The figures, the places, and the commands that do the same."""
-        image, model = f"{self.folder}/cells.zarr", f"{self.folder}/run/model.safetensors"
+        folder = _shortest(self.folder)
+        image, model = f"{folder}/cells.zarr", f"{folder}/run/model.safetensors"
         found = self.scores.classes or {}
         rows = [
             f"  {name:12s} Dice {found[i].dice:.3f}   IoU {found[i].iou:.3f}"
@@ -64,19 +66,24 @@ class DemoResult:
                 f"Scores on the planes {TEST.partition(',')[0]}, which the network never saw:",
                 *rows,
                 "",
-                f"picture  {self.picture}",
+                f"picture  {_shortest(self.picture)}",
                 f"image    {image}  (labels: cells, {TISSUE}, bigseg)",
                 f"model    {model}",
                 f"done in  {self.seconds:.0f} s",
                 "",
                 "The same by hand:",
                 f"  bigseg sample {image}",
-                f"  bigseg train {image} --labels {TISSUE} --out {self.folder}/run "
-                f"-c {self.folder}/config.yaml",
+                f"  bigseg train {image} --labels {TISSUE} --out {folder}/run "
+                f"-c {folder}/config.yaml",
                 f"  bigseg segment {image} --model {model}",
                 f"  bigseg evaluate {image}/labels/bigseg {image}/labels/{TISSUE} --region {TEST}",
             ]
         )
+
+
+def _shortest(path: str) -> str:
+    """The path as it is typed here: relative where that is shorter."""
+    return min(path, os.path.relpath(path), key=len)
 
 
 def demo_config(image: str) -> TrainConfig:

@@ -196,7 +196,7 @@ class _Hdf5:
     """One dataset of an HDF5 file."""
 
     def __init__(self, path: str, dataset: str) -> None:
-        import h5py  # an optional package
+        import h5py  # slow to import, and HDF5 alone needs it
 
         self.name = f"{path}:{dataset}"
         try:

@@ -38,10 +38,10 @@ BORDER_VOX = 4.0
 SETTINGS = f"""\
 task: boundary
 border_vox: {BORDER_VOX}
-net: {{depth: 2, width: 16, padding: same}}
+net: {{depth: 2, width: 8, padding: same}}
 patch: [64, 64, 64]
 batch: 1
-optim: {{lr: 3.0e-3}}
+optim: {{lr: 5.0e-3}}
 loss: {{dice: 0.0, balance: true}}
 val_every: 200
 """
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ def place(tmp_path_factory):
     plate.attrs["ome"] = {"version": "0.5", "plate": {"wells": [well]}}
     zarr.create_group(folder / "empty.zarr", zarr_format=3)
     (folder / "file.txt").write_text("no image")
+    (folder / "stack.tif").write_bytes(b"II*\0")
     for dims in (2, 3):
         spec = UNetSpec.build(dims, out_channels=2, depth=1, width=2)
         write_model(folder / f"model{dims}.safetensors", spec)
@@ -60,7 +61,12 @@ WRONG_CALLS = {
         3,
         r"without OME-Zarr metadata.*bigseg convert",
     ),
-    "a file that is no image": (("info", "{0}/file.txt"), 3, r"file\.txt.*bigseg convert"),
+    "a file that is no image": (
+        ("info", "{0}/file.txt"),
+        3,
+        r"file\.txt is a file, not an OME-Zarr image",
+    ),
+    "a TIFF instead of an image": (("info", "{0}/stack.tif"), 3, r"stack\.tif.*bigseg convert"),
     "a plate": (
         ("segment", "{0}/plate.zarr", "--model", "{0}/model3.safetensors", "--executor", "serial"),
         3,

@@ -134,7 +134,7 @@ def test_the_pyramids_are_means_and_majorities_of_level_0(sample: Volume):
 def test_validators_accept_the_sample(sample: Volume):
     image = Image.from_zarr(zarr.open_group(sample.url, mode="r"))
     assert image.labels is not None
-    assert image.labels.ome_attributes.labels == ["cells"]
+    assert image.labels.ome_attributes.labels == ["cells", "tissue"]
     yaozarrs.validate_zarr_store(sample.url)
 
 
@@ -193,3 +193,8 @@ def test_what_no_sample_can_be_is_refused(tmp_path: Path, options: dict, text: s
     with pytest.raises(UsageError, match=re.escape(text)):
         make_sample(str(tmp_path / "a.zarr"), **options)
     assert not (tmp_path / "a.zarr").exists()
+
+
+def test_the_tissue_is_derived_from_all_cells_at_once(sample: Volume):
+    cells, tissue = (whole(sample.label(name)) for name in ("cells", "tissue"))
+    np.testing.assert_array_equal(tissue, boundary(cells, border_vox=2.0, voxel_size=VOXEL_UM))

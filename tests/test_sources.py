@@ -180,9 +180,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "a.h5").write_bytes(b"")
-    with pytest.raises(
-        ResourceError, match=r"h5py: install it with `pip install bigseg\[convert\]`"
-    ):
+    with pytest.raises(ResourceError, match=r"h5py: install it with `pip install h5py`"):
         convert([f"{tmp_path}/a.h5:/x"], str(tmp_path / "a.zarr"))
 
 
