@@ -1,5 +1,6 @@
 """Small images and models that several tests need, made without bigseg's own writers."""
 
+import itertools
 from contextlib import contextmanager
 
 import numpy as np
@@ -90,3 +91,16 @@ class _Recording:
         del voxels
         self._entry["done"] += n
         self._after(self._entry["done"])
+
+
+def assert_writable(grid, volume):
+    """No two blocks share a write unit, and each writes whole ones."""
+    seen = set()
+    unit = volume.write_unit
+    for block in grid:
+        ends = zip(block.core.start, block.core.stop, unit, volume.shape, strict=True)
+        assert all(a % u == 0 and (b % u == 0 or b == n) for a, b, u, n in ends), block
+        sides = zip(block.core.start, block.core.stop, unit, strict=True)
+        units = set(itertools.product(*(range(a // u, -(-b // u)) for a, b, u in sides)))
+        assert not units & seen
+        seen |= units

@@ -89,13 +89,13 @@ def test_an_index_outside_the_grid_is_refused():
 
 
 def test_a_huge_grid_costs_nothing():
-    started = time.perf_counter()
+    started = time.process_time()
     grid = BlockGrid(Region.of_shape((1, 20_000, 20_000, 20_000)), (1, 1, 16, 16))
     assert len(grid) == 20_000 * 1250 * 1250
     last = grid[len(grid) - 1]
     assert last.core == Region((0, 19_999, 19_984, 19_984), (1, 20_000, 20_000, 20_000))
     assert next(iter(grid)).index == 0
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 @given(st.tuples(shapes, shapes, shapes))

@@ -25,7 +25,7 @@ def call(*words):
 def place(tmp_path_factory):
     """An image with labels `cells`, a 2-D image, a plate, a text file, and a model of each kind."""
     folder = tmp_path_factory.mktemp("cli")
-    image = write_image(folder / "image.zarr", noise((6, 40, 40)), chunks=(2, 20, 20))
+    write_image(folder / "image.zarr", noise((6, 40, 40)), chunks=(2, 20, 20))
     group = zarr.create_group(folder / "image.zarr" / "labels", zarr_format=3)
     group.attrs["ome"] = {"version": "0.5", "labels": ["cells", "small"]}
     labels = (noise((6, 40, 40), seed=1) > 128).astype(np.uint8)

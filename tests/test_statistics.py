@@ -184,9 +184,9 @@ def test_the_constants_of_a_huge_volume_cost_little(tmp_path):
     array[0, 0, :64] = np.arange(64, dtype=np.uint8)
     group.attrs.update(metadata("0.5", "zyx", [(1.0, 1.0, 1.0)]))
     volume = open_volume(str(tmp_path / "huge.zarr"))
-    started = time.perf_counter()
+    started = time.process_time()
     regions = statistics._sampled_regions(volume)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert sum(r.n_voxels for r in regions) <= statistics.MOST_VOXELS
     assert all(len({r.start[axis] for r in regions}) > 50 for axis in (1, 2, 3))
 
