@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from bigseg.cluster import Cluster, connect, set_worker_threads
 from bigseg.engine import available_cpus
@@ -57,15 +57,23 @@ class SegmentActor:
 
 @dataclass
 class _Member:
-    """An actor of the pool and its leases in flight, oldest first."""
+    """An actor of the pool: what it answers when it is ready, and its leases, oldest first."""
 
     actor: Any
+    starting: Any
     flying: list[tuple[Any, Lease]] = field(default_factory=list)
 
     def takes_more(self) -> bool:
-        return len(self.flying) < LEASES_IN_FLIGHT and not any(
-            lease.alone for _, lease in self.flying
+        """Whether another lease may be sent to it."""
+        return (
+            self.starting is None
+            and len(self.flying) < LEASES_IN_FLIGHT
+            and not any(lease.alone for _, lease in self.flying)
         )
+
+    def awaited(self) -> Any:  # noqa: ANN401 - Ray's reference has no useful type
+        """What it answers next; an actor answers its oldest lease first. None: nothing is asked."""
+        return self.starting or (self.flying[0][0] if self.flying else None)
 
 
 class RayExecutor:
@@ -77,6 +85,7 @@ class RayExecutor:
         self._n_threads = n_threads
         self._n_gpus = n_gpus
         self._pool: list[_Member] = []
+        self._deaths_in_a_row = 0
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -93,35 +102,31 @@ class RayExecutor:
             ResourceError: workers cannot be placed, or keep dying without finishing a block.
         """
         n_workers = min(self._n_workers, n_blocks)
-        self._fill_pool(stage, n_workers)
+        while len(self._pool) < n_workers:
+            self._pool.append(self._start(stage))
         book = LeaseBook.of(blocks, n_blocks, n_workers=n_workers)
-        deaths_in_a_row = 0
         while True:
             for member in self._pool:
                 self._feed(member, stage, book)
-            # An actor answers its oldest lease first; its later ones are not ready before.
-            oldest = {member.flying[0][0]: member for member in self._pool if member.flying}
-            if not oldest:
+            if not any(member.flying for member in self._pool) and book.is_empty():
                 return
-            ready, _ = ray.wait(list(oldest), num_returns=1)
-            member = oldest[ready[0]]
+            member = self._next_to_answer()
             try:
-                reports, seconds = ray.get(ready[0])
-            except RayTaskError:
-                # The actor's own methods report the errors of blocks; this one is bigseg's.
+                answer = ray.get(member.awaited())
+            except RayTaskError as error:
+                # Errors of blocks are in their reports; this one stops the worker from working.
+                if isinstance(error.cause, BigsegError):
+                    raise error.cause from None
                 raise
             except RayError as error:
-                deaths_in_a_row += 1
-                if deaths_in_a_row > 3 * self._n_workers:
-                    raise ResourceError(
-                        f"workers died {deaths_in_a_row} times in a row without finishing a block "
-                        f"({error}): is there enough memory for {self._n_workers} of them?"
-                    ) from error
                 yield from self._replace(member, stage, book, error)
                 continue
-            deaths_in_a_row = 0
-            lease = member.flying.pop(0)[1]
-            book.done(len(lease.blocks), seconds)
+            if member.starting is not None:
+                member.starting = None
+                continue
+            self._deaths_in_a_row = 0
+            reports, seconds = answer
+            book.done(len(member.flying.pop(0)[1].blocks), seconds)
             for report in reports:
                 if report.error is None or book.failed(report.block):
                     yield report
@@ -133,41 +138,45 @@ class RayExecutor:
                 return
             member.flying.append((member.actor.run.remote(stage, lease.blocks), lease))
 
+    def _next_to_answer(self) -> _Member:
+        awaited = {member.awaited(): member for member in self._pool if member.awaited()}
+        # A worker at work may take long; one that only starts may not.
+        busy = any(member.flying for member in self._pool)
+        timeout = None if busy else START_TIMEOUT_S
+        ready, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout)
+        if not ready:
+            raise ResourceError(
+                f"{len(self._pool)} workers of {self._n_threads} CPUs and {self._n_gpus:g} GPUs "
+                f"could not be placed within {START_TIMEOUT_S:.0f} s: ask for fewer with "
+                "--workers, or see with `ray status` what the cluster has"
+            )
+        return awaited[ready[0]]
+
     def _replace(
         self, member: _Member, stage: str, book: LeaseBook, error: RayError
     ) -> Iterator[BlockReport]:
+        """Put a new actor in the place of a dead one; gives the blocks that it killed it with."""
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > 3 * self._n_workers:
+            raise ResourceError(
+                f"workers died {self._deaths_in_a_row} times in a row without finishing a block "
+                f"({error}): is there enough memory for {self._n_workers} of them?"
+            ) from error
         leases = [lease for _, lease in member.flying]
         reason = f"its worker died: {str(error).strip().splitlines()[0]}"
         logger.warning("a worker died with %d leases in flight: %s", len(leases), reason)
         lost = book.died(leases[0] if leases else None, leases[1:])
         ray.kill(member.actor)
-        self._pool.remove(member)
+        self._pool[self._pool.index(member)] = self._start(stage)
         for block in lost:
             yield BlockReport(block, error=f"block {block}: {reason}")
-        self._fill_pool(stage, len(self._pool) + 1)
 
-    def _fill_pool(self, stage: str, n_workers: int) -> None:
-        new = [_Member(self._start_actor()) for _ in range(n_workers - len(self._pool))]
-        self._pool.extend(new)
-        waiting = [member.actor.prepare.remote(stage) for member in self._pool]
-        try:
-            ray.get(waiting, timeout=START_TIMEOUT_S)
-        except GetTimeoutError:
-            raise ResourceError(
-                f"{n_workers} workers of {self._n_threads} CPUs and {self._n_gpus:g} GPUs could "
-                f"not be placed within {START_TIMEOUT_S:.0f} s: ask for fewer with --workers, or "
-                "see with `ray status` what the cluster has"
-            ) from None
-        except RayTaskError as error:
-            if isinstance(error.cause, BigsegError):
-                raise error.cause from None
-            raise
-
-    def _start_actor(self) -> Any:  # noqa: ANN401 - Ray's handle has no useful type
+    def _start(self, stage: str) -> _Member:
         remote = ray.remote(SegmentActor).options(
             num_cpus=self._n_threads, num_gpus=self._n_gpus, max_restarts=0, max_task_retries=0
         )
-        return remote.remote(self._plan, self._n_threads)
+        actor: Any = remote.remote(self._plan, self._n_threads)
+        return _Member(actor, starting=actor.prepare.remote(stage))
 
 
 def segment_on_ray(config: SegmentConfig, progress: Progress) -> SegmentResult:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class LeaseBook:
                 break
             blocks.append(block)
         return Lease(tuple(blocks)) if blocks else None
+
+    def is_empty(self) -> bool:
+        """Whether no block waits; some may still be in flight."""
+        if not (self._again or self._suspects):
+            self._again.extend(islice(self._waiting, 1))
+        return not (self._again or self._suspects)
 
     def done(self, n_blocks: int, seconds: float) -> None:
         """Note that a worker took `seconds` for `n_blocks`."""

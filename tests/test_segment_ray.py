@@ -71,28 +71,35 @@ def test_one_and_two_actors_give_the_bytes_of_the_serial_executor(case, tmp_path
             np.testing.assert_array_equal(found, truth)
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_all_workers_killed_at_once_are_replaced_and_nothing_is_lost(tmp_path, monkeypatch):
     spec, shape, layout, options = CASES["2-D, labels with a pyramid"]
     image = write_image(tmp_path / "image.zarr", noise(shape), **layout)
     _, model = write_model(tmp_path / "model.safetensors", spec)
     truth = tmp_path / "truth.zarr"
     segment_serially(config_of(image, model, truth, **options), NullProgress())
 
-    class Suicidal(infer_actor.SegmentActor):
-        """Dies once, in the middle of its third block."""
+    class Murderous(infer_actor.SegmentActor):
+        """Kills the other worker and itself, once, in the middle of a lease."""
+
+        def prepare(self, stage):
+            (tmp_path / f"pid-{os.getpid()}").touch()
+            super().prepare(stage)
 
         def run(self, stage, blocks):
-            died = tmp_path / "died"
-            if 3 in blocks and not died.exists():
-                died.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            if 6 in blocks and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                for path in sorted(
+                    tmp_path.glob("pid-*"), key=lambda p: str(os.getpid()) in p.name
+                ):
+                    os.kill(int(path.name[4:]), signal.SIGKILL)
             return super().run(stage, blocks)
 
-    monkeypatch.setattr(infer_actor, "SegmentActor", Suicidal)
+    monkeypatch.setattr(infer_actor, "SegmentActor", Murderous)
     out = tmp_path / "out.zarr"
     config = config_of(image, model, out, executor="ray", workers=2, **options)
     result = infer_actor.segment_on_ray(config, NullProgress())
     assert (tmp_path / "died").exists()
+    assert len(list(tmp_path.glob("pid-*"))) == 4
     assert result.is_complete
     for found, expected in zip(levels_of(str(out)), levels_of(str(truth)), strict=True):
         np.testing.assert_array_equal(found, expected)
