@@ -26,6 +26,7 @@ from bigseg.config import (
     TrainConfig,
     dump_yaml,
 )
+from bigseg.errors import InputError
 from bigseg.evaluate import evaluate
 from bigseg.infer_actor import segment_on_ray
 from bigseg.sample import TISSUE, make_sample
@@ -81,6 +82,14 @@ class DemoResult:
         )
 
 
+def _has_truth(url: str) -> bool:
+    """Whether the sample is there, whole: its truth is listed last."""
+    try:
+        return TISSUE in open_volume(url).label_names()
+    except InputError:
+        return False
+
+
 def _shortest(path: str) -> str:
     """The path as it is typed here: relative where that is shorter."""
     return min(path, os.path.relpath(path), key=len)
@@ -113,8 +122,8 @@ def run_demo(folder: str, progress: Progress) -> DemoResult:
     """
     started = time.monotonic()
     url = store.join(folder, "cells.zarr")
-    if not store.exists(url):
-        make_sample(url, progress=progress)
+    if not _has_truth(url):
+        make_sample(url, overwrite=True, progress=progress)
     config = demo_config(url)
     store.write_atomic(store.join(folder, "config.yaml"), dump_yaml(config).encode())
     with connect("local"):

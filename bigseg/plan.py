@@ -310,12 +310,12 @@ def _choose_shard(source: Volume, tile: Vec, chunk: Vec, most_voxels: int) -> Ve
 
 def _choose_core(config: SegmentConfig, source: Volume, tile: Vec, write_unit: Vec) -> Vec:
     wanted = tile if config.block is None else _as_4d(config.block, "--block", n_planes=tile[1])
-    # A write unit that spans its axis asks for nothing: there is one core along it.
-    units = tuple(1 if u >= n else u for u, n in zip(write_unit, source.shape, strict=True))
+    # Along an axis within one tile or one write unit there is one core; it needs no alignment.
+    axes = list(zip(source.shape, tile, write_unit, strict=True))
+    units = tuple(1 if n <= max(t, u) else u for n, t, u in axes)
     core = core_shape(wanted, tile, units)
     return tuple(
-        round_up(n, t) if u >= n else c
-        for c, n, u, t in zip(core, source.shape, write_unit, tile, strict=True)
+        round_up(n, t) if n <= max(t, u) else c for c, (n, t, u) in zip(core, axes, strict=True)
     )
 
 

@@ -319,3 +319,12 @@ def test_differences_name_the_settings(image, model):
         f"engine.version: {here.engine.version!r}, not '0.1'",
         f"tile: {list(here.tile)}, not [1, 8, 8, 8]",
     ]
+
+
+def test_an_axis_within_one_tile_has_one_core_of_that_tile(tmp_path):
+    """Chunks of 125 under a tile of 252 once made a core of 31,500 voxels."""
+    image = write_image(tmp_path / "image.zarr", noise((150, 250, 250)), chunks=(64, 64, 64))
+    spec = UNetSpec.build(3, out_channels=3, depth=2, width=8)
+    _, model = write_model(tmp_path / "model.safetensors", spec)
+    plan = make_plan(config_of(image, model, tmp_path / "out.zarr"), device="cpu")
+    assert plan.core == plan.tile
