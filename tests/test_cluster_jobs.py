@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -23,6 +24,12 @@ import zarr
 from helpers import noise, write_image
 
 from bigseg.volume import open_volume
+
+
+class Head(NamedTuple):
+    dashboard: str
+    address: str
+    environment: dict
 
 
 def free_port(taken):
@@ -38,7 +45,7 @@ def free_port(taken):
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """The dashboard's address and the environment of a client of a head on loopback."""
+    """The addresses and the environment of a client of a head on loopback."""
     # Ray's sockets lie in the temporary folder, and their paths must stay short.
     folder = tmp_path_factory.mktemp("r")
     short = f"/tmp/bigseg-{secrets.token_hex(3)}"
@@ -72,7 +79,7 @@ def head(tmp_path_factory):
         )
     try:
         wait_for(f"http://127.0.0.1:{dashboard}/api/version", token.read_text())
-        yield f"http://127.0.0.1:{dashboard}", environment
+        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{options['port']}", environment)
     finally:
         end(process, short)
 
@@ -104,17 +111,25 @@ def wait_for(url, token):
 
 
 def submit(head, *words):
-    address, environment = head
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
-    command += ["--address", address, "--", sys.executable, "-m", "bigseg", *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard, "--"]
+    return python(head, *command, sys.executable, "-m", "bigseg", *words)
+
+
+def python(head, *words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_without_the_token_the_cluster_answers_nobody(head):
     with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
-        urllib.request.urlopen(f"{head[0]}/api/jobs/", timeout=5)
+        urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=5)
 
 
 def test_train_and_segment_run_as_jobs(head, tmp_path):
@@ -137,3 +152,8 @@ def test_train_and_segment_run_as_jobs(head, tmp_path):
     found = open_volume(image).label("bigseg")
     assert found.shape == (1, 6, 64, 64)
     assert set(np.unique(found.array[:])) <= {0, 1}
+    # The same from outside, by the cluster's address instead of as a job.
+    words = ("segment", image, "--model", run / "model.safetensors", "--name", "again")
+    python(head, "-m", "bigseg", *words, "--address", head.address)
+    again = open_volume(image).label("again")
+    np.testing.assert_array_equal(again.array[:], found.array[:])
