@@ -12,12 +12,20 @@ network reads the grown region, which starts at `tile.start - halo`; it computes
 that fits it and covers the tile, and the rest is cropped. A core is what one block writes: whole
 tiles and whole write units, clipped at the volume's end. Outside the volume the context is
 mirrored.
+
+Blocks are numbered in raster order, or in beams, so that blocks that share what they read follow
+each other. A beam runs along z through the whole grid, every other one backwards. Four by two
+blocks in two planes, in beams of two by two:
+
+    z = 0    |  0  1 | 12 13 |      z = 1    |  4  5 |  8  9 |
+             |  2  3 | 14 15 |               |  6  7 | 10 11 |
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from bigseg.errors import UsageError
@@ -139,26 +147,35 @@ class Block:
     core: Region
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockGrid:
-    """The cores that tile `region` of a volume exactly once, numbered in raster order.
+    """The cores that tile `region` of a volume exactly once, numbered in raster order or in beams.
 
     Cores lie on a lattice from the volume's origin with period `core_shape`, so that a core never
     moves with the region; they are clipped at the region. Only cores that touch it are counted.
+
+    `beam` is the cross-section of a beam in blocks along y and x; None is raster order, and so is a
+    beam as wide as the grid. Numbers run through t, the beams of a time point (raster order in y
+    and x), z, and y and x within the beam. Every other beam of a time point runs backwards along z,
+    so that it begins in the plane in which the one before ended. Beams at the far sides of the grid
+    are as narrow as what is left for them. With one plane, beams are patches of the plane.
     """
 
     region: Region
     core_shape: Vec
+    beam: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         assert all(c > 0 for c in self.core_shape), self.core_shape
+        # A beam needs an axis to run along.
+        assert self.beam is None or (min(self.beam) > 0 and len(self.core_shape) >= 3), self.beam
 
-    @property
+    @cached_property
     def first(self) -> Vec:
         """Lattice position of the first core."""
         return tuple(a // c for a, c in zip(self.region.start, self.core_shape, strict=True))
 
-    @property
+    @cached_property
     def shape(self) -> Vec:
         """Number of cores along each axis."""
         return tuple(
@@ -174,11 +191,7 @@ class BlockGrid:
     def __getitem__(self, index: int) -> Block:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        position, rest = [], index
-        for n in reversed(self.shape):
-            rest, p = divmod(rest, n)
-            position.append(p)
-        lattice = tuple(f + p for f, p in zip(self.first, reversed(position), strict=True))
+        lattice = tuple(f + p for f, p in zip(self.first, self._position(index), strict=True))
         start = tuple(p * c for p, c in zip(lattice, self.core_shape, strict=True))
         stop = tuple(a + c for a, c in zip(start, self.core_shape, strict=True))
         return Block(index, Region(start, stop).intersect(self.region))
@@ -200,6 +213,30 @@ class BlockGrid:
                 strict=True,
             )
         )
+
+    def _position(self, index: int) -> Vec:
+        """Where in the grid block `index` lies, counted in cores from the first."""
+        if self.beam is None:
+            return _raster_position(index, self.shape)
+        *outer, n_z, n_y, n_x = self.shape
+        beam_y, beam_x = self.beam
+        time_point, rest = divmod(index, n_z * n_y * n_x)
+        row, rest = divmod(rest, n_z * beam_y * n_x)
+        height = min(beam_y, n_y - row * beam_y)
+        column, rest = divmod(rest, n_z * height * beam_x)
+        width = min(beam_x, n_x - column * beam_x)
+        z, y, x = _raster_position(rest, (n_z, height, width))
+        if (row * ceil_div(n_x, beam_x) + column) % 2:
+            z = n_z - 1 - z
+        return (*_raster_position(time_point, outer), z, row * beam_y + y, column * beam_x + x)
+
+
+def _raster_position(index: int, shape: Sequence[int]) -> Vec:
+    position = []
+    for n in reversed(shape):
+        index, p = divmod(index, n)
+        position.append(p)
+    return tuple(reversed(position))
 
 
 def tiles_of(core: Region, tile_shape: Sequence[int]) -> Iterator[Region]:

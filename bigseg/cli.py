@@ -1,67 +1,31 @@
 """The command line: parse, call one function, print. Everything heavy is imported inside.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 unexpected; 2 wrong
-usage; 3 the input cannot be used; 4 finished with blocks set aside; 5 resources; 130 interrupted.
+console.py has what the commands share.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bigseg import __version__
-from bigseg.errors import BigsegError, IncompleteError, UsageError
+from bigseg.console import (
+    Group,
+    absolute,
+    integers,
+    json_option,
+    numbers,
+    progress_bar,
+    segment_config,
+    segment_options,
+    verbose_option,
+)
+from bigseg.errors import IncompleteError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from bigseg.segment import SegmentResult
-
-
-class Command(click.Command):
-    """A command that ends with one sentence and an exit code where it cannot go on."""
-
-    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
-        """Run it; a traceback is shown with -v only."""
-        verbose = bool(ctx.params.pop("verbose", False)) or ctx.find_root().params["verbose"]
-        level = logging.INFO if verbose else logging.WARNING
-        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-        try:
-            return super().invoke(ctx)
-        except BigsegError as error:
-            self._explain(str(error), verbose=verbose)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted: the same command goes on from here", err=True)
-            sys.exit(130)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            self._explain(f"unexpected {type(error).__name__}: {error}", verbose=verbose)
-            sys.exit(1)
-
-    @staticmethod
-    def _explain(sentence: str, *, verbose: bool) -> None:
-        click.echo(f"error: {sentence}", err=True)
-        if verbose:
-            click.echo(traceback.format_exc(), err=True)
-
-
-class Group(click.Group):
-    """The commands in the order in which they are used."""
-
-    command_class = Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names, in order of definition."""
-        del ctx
-        return list(self.commands)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,10 +44,6 @@ def main(verbose: bool) -> None:
     del verbose
 
 
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... OUT.zarr")
 @click.option("--labels", metavar="NAME", help="Write labels NAME beside the image OUT.zarr.")
@@ -92,7 +52,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--unit", default="micrometer", show_default=True, help="Unit of the voxel size.")
 @click.option("--ome-version", type=click.Choice(["0.5", "0.4"]), default="0.5", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace an output that bigseg made.")
-@_verbose
+@verbose_option
 def convert(
     paths: tuple[str, ...],
     labels: str | None,
@@ -115,13 +75,13 @@ def convert(
 
     if len(paths) < 2:
         raise UsageError(f"convert needs sources and an output, {paths[0]!r} is only one of them")
-    with _progress() as progress:
+    with progress_bar() as progress:
         volume = run(
             paths[:-1],
             paths[-1],
             labels=labels,
             axes=axes,
-            voxel_size=_numbers(voxel_size, "--voxel-size"),
+            voxel_size=numbers(voxel_size, "--voxel-size"),
             unit=unit,
             version="0.4" if ome_version == "0.4" else "0.5",
             overwrite=overwrite,
@@ -132,8 +92,8 @@ def convert(
 
 @main.command()
 @click.argument("url")
-@_json
-@_verbose
+@json_option
+@verbose_option
 def info(url: str, as_json: bool) -> None:
     """What is in an OME-Zarr: axes, voxel size, levels, chunks, labels.
 
@@ -151,7 +111,7 @@ def info(url: str, as_json: bool) -> None:
 @click.argument("url", metavar="OUT.zarr")
 @click.option("--shape", default="64,256,256", show_default=True, help="z,y,x (or y,x) in voxels.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@_verbose
+@verbose_option
 def sample(url: str, shape: str, seed: int) -> None:
     """A synthetic volume of touching cells with its true labels `cells`.
 
@@ -161,9 +121,9 @@ def sample(url: str, shape: str, seed: int) -> None:
     """  # noqa: D301
     from bigseg.sample import make_sample
 
-    sides = _integers(shape, "--shape")
+    sides = integers(shape, "--shape")
     assert sides is not None
-    with _progress() as progress:
+    with progress_bar() as progress:
         volume = make_sample(url, shape=sides, seed=seed, progress=progress)
     click.echo(volume.url)
 
@@ -187,7 +147,7 @@ def sample(url: str, shape: str, seed: int) -> None:
 @click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS.")
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder of another run.")
-@_verbose
+@verbose_option
 def train(
     images: tuple[str, ...],
     out: str,
@@ -213,11 +173,11 @@ def train(
     given["dims"] = int(given["dims"]) if given["dims"] else None
     overrides = {key: value for key, value in given.items() if value not in (None, ())}
     if "images" in overrides:
-        overrides["images"] = tuple(map(_absolute, images))
-    with _progress() as progress:
+        overrides["images"] = tuple(map(absolute, images))
+    with progress_bar() as progress:
         result = run(
             load_train_config(config, overrides),
-            _absolute(out),
+            absolute(out),
             executor="serial" if executor == "serial" else "ray",
             address=address,
             overwrite=overwrite,
@@ -230,41 +190,9 @@ def train(
 
 
 @main.command()
-@click.argument("image")
-@click.option("--model", required=True, metavar="FILE", help="A model that `bigseg train` made.")
-@click.option("--name", default="bigseg", show_default=True, help="Name of the labels.")
-@click.option("--out", metavar="OUT.zarr", help="A store of its own instead of IMAGE/labels.")
-@click.option("--output", type=click.Choice(["labels", "probabilities"]), default="labels",
-              show_default=True)  # fmt: skip
-@click.option("--prob-dtype", type=click.Choice(["uint8", "float16", "float32"]), default="uint8",
-              show_default=True)  # fmt: skip
-@click.option("--level", type=click.IntRange(min=0), help="Pyramid level; default: the nearest to "
-              "the model's voxel size.")  # fmt: skip
-@click.option("--channel", type=click.IntRange(min=0), multiple=True, help="May be repeated.")
-@click.option("--time", type=click.IntRange(min=0), help="Time point; all by default.")
-@click.option("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Background outside; context is read.")
-@click.option("--block", metavar="Z,Y,X", help="Core of a block, rounded up to whole tiles.")
-@click.option("--tile", metavar="Z,Y,X", help="One forward pass; default: within 2 GiB.")
-@click.option("--workers", type=click.IntRange(min=1))
-@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
-@click.option("--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS.")
-@click.option("--engine", type=click.Choice(["auto", "torch", "openvino"]), default="auto",
-              show_default=True)  # fmt: skip
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
-              show_default=True)  # fmt: skip
-@click.option("--norm", type=click.Choice(["volume", "model"]), default="volume",
-              show_default=True, help="Constants: this volume's or the training's.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a result that bigseg made.")
-@_verbose
-def segment(
-    image: str,
-    model: str,
-    out: str | None,
-    channel: tuple[int, ...],
-    block: str | None,
-    tile: str | None,
-    **settings: Any,  # noqa: ANN401 - each is a key of SegmentConfig, which checks them
-) -> None:
+@segment_options
+@verbose_option
+def segment(**options: Any) -> None:  # noqa: ANN401 - each is a key of SegmentConfig
     """Segment a volume block by block, exactly as if it had fitted in memory.
 
     The labels lie beside the image (IMAGE/labels/NAME). The same command again goes on.
@@ -274,19 +202,8 @@ def segment(
       bigseg segment image.zarr --model run/model.safetensors
       bigseg segment image.zarr --model run/model.safetensors --output probabilities --out p.zarr
     """  # noqa: D301
-    from bigseg.config import SegmentConfig, parse_settings
-
-    values = {
-        **settings,
-        "image": _absolute(image),
-        "model": _absolute(model),
-        "out": _absolute(out) if out else None,
-        "channels": channel or None,
-        "block": _integers(block, "--block"),
-        "tile": _integers(tile, "--tile"),
-    }
-    config = parse_settings(SegmentConfig, values, source="options")
-    with _progress() as progress:
+    config = segment_config(options)
+    with progress_bar() as progress:
         if config.executor == "serial":
             from bigseg.segment import segment_serially as run
         else:
@@ -296,11 +213,51 @@ def segment(
 
 
 @main.command()
+@segment_options
+@json_option
+@verbose_option
+def plan(as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """What `segment` with the same options would do and cost; nothing is written.
+
+    \b
+    Example:
+      bigseg plan image.zarr --model run/model.safetensors
+    """  # noqa: D301
+    from bigseg.bench import foresee
+
+    forecast = foresee(segment_config(options))
+    click.echo(json.dumps(forecast.as_dict(), indent=2) if as_json else forecast.as_text())
+
+
+@main.command()
+@segment_options
+@click.option("--blocks", default=8, show_default=True, type=click.IntRange(min=1),
+              help="Blocks to segment for the measurement.")  # fmt: skip
+@json_option
+@verbose_option
+def bench(blocks: int, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """How fast the network is on this machine, and how much of that segmenting keeps.
+
+    Measures every engine on one tile, then segments some blocks in the middle of the volume into a
+    temporary place.
+
+    \b
+    Example:
+      bigseg bench image.zarr --model run/model.safetensors
+    """  # noqa: D301
+    from bigseg.bench import run_bench
+
+    with progress_bar() as progress:
+        result = run_bench(segment_config(options), n_blocks=blocks, progress=progress)
+    click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
+
+
+@main.command()
 @click.argument("pred")
 @click.argument("truth")
 @click.option("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Compare only there.")
-@_json
-@_verbose
+@json_option
+@verbose_option
 def evaluate(pred: str, truth: str, region: str | None, as_json: bool) -> None:
     """Scores of labels against true labels, summed over blocks.
 
@@ -317,7 +274,7 @@ def evaluate(pred: str, truth: str, region: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("folder", default="demo", metavar="[DIR]")
 @click.option("--open", "show", is_flag=True, help="Open the picture when done.")
-@_verbose
+@verbose_option
 def demo(folder: str, show: bool) -> None:
     """Sample, train, segment, evaluate: the whole way once, on this computer, in minutes.
 
@@ -327,8 +284,8 @@ def demo(folder: str, show: bool) -> None:
     """  # noqa: D301
     from bigseg.demo import run_demo
 
-    with _progress() as progress:
-        result = run_demo(_absolute(folder), progress)
+    with progress_bar() as progress:
+        result = run_demo(absolute(folder), progress)
     click.echo(result.as_text())
     if show:
         click.launch(result.picture)
@@ -344,7 +301,14 @@ def _tell(result: SegmentResult) -> None:
         click.echo(
             f"went on from {result.n_done_before} of {result.n_blocks} finished blocks", err=True
         )
-    click.echo(f"core {plan.core[1:]} voxels, tile {plan.tile[1:]}, {plan.engine}", err=True)
+    reason = f" ({plan.engine_reason})" if plan.engine_reason else ""
+    click.echo(
+        f"core {plan.core[1:]} voxels, tile {plan.tile[1:]}, {plan.engine}{reason}", err=True
+    )
+    if result.spent.wall_s:
+        click.echo(f"engine {result.spent.as_text()}", err=True)
+    if result.n_empty:
+        click.echo(f"{result.n_empty} blocks are empty space and were skipped", err=True)
     if not result.is_complete:
         reasons = "\n".join(f"  {report.error}" for report in result.failed[:20])
         raise IncompleteError(
@@ -361,34 +325,3 @@ def _tell(result: SegmentResult) -> None:
     )
     click.echo(f"{plan.output.url}: {result.n_blocks} blocks in {result.seconds:.1f} s")
     click.echo(f"{picture}: a middle plane, raw | result | overlay")
-
-
-def _progress() -> Any:  # noqa: ANN401 - a context manager that gives a Progress
-    from bigseg.progress import make_progress
-
-    return make_progress(sys.stderr)
-
-
-def _absolute(url: str) -> str:
-    """The location as every worker of a cluster reads it, whatever its working directory."""
-    return url if "://" in url or "::" in url else os.path.abspath(url)
-
-
-def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
-    return None if text is None else tuple(map(int, _parts(text, option, int)))
-
-
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    return None if text is None else tuple(map(float, _parts(text, option, float)))
-
-
-def _parts(text: str, option: str, kind: type[int] | type[float]) -> Sequence[str]:
-    parts = text.split(",")
-    try:
-        for part in parts:
-            kind(part)
-    except ValueError:
-        raise UsageError(
-            f"{option} {text!r}: give numbers separated by commas, one for each axis"
-        ) from None
-    return parts

@@ -19,6 +19,7 @@ import torch
 
 from bigseg.engine import available_cpus
 from bigseg.errors import ResourceError
+from bigseg.machine import USABLE, Resources, default_workers, memory_of_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +35,14 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to work with: for each node its processors and GPUs."""
+    """What there is to work with: for each node its processors and GPUs.
+
+    `memory` holds for each node the bytes that workers may share.
+    """
 
     nodes: tuple[tuple[int, int], ...]
     is_local: bool = True
+    memory: tuple[int, ...] = ()
 
     @property
     def n_cpus(self) -> int:
@@ -48,6 +53,22 @@ class Cluster:
     def n_gpus(self) -> int:
         """GPUs of all nodes."""
         return sum(gpus for _, gpus in self.nodes)
+
+    def resources(self, device_bytes: int | None = None) -> Resources:
+        """What each worker has when nobody says how many there are.
+
+        A worker for each GPU, or where there is none as many as suit the processors.
+        """
+        counts = [gpus if self.n_gpus else default_workers(cpus) for cpus, gpus in self.nodes]
+        shares = [m // n for m, n in zip(self.memory, counts, strict=True) if n]
+        n_workers = max(1, sum(counts))
+        return Resources(
+            device="cuda" if self.n_gpus else "cpu",
+            n_workers=n_workers,
+            n_threads=self.cpus_a_worker(n_workers),
+            memory_bytes=min(shares),
+            device_bytes=device_bytes,
+        )
 
     def cpus_a_worker(self, n_workers: int) -> int:
         """The most processors that each of `n_workers` can have so that all find a node.
@@ -130,6 +151,10 @@ def set_worker_threads(n_threads: int) -> None:
 def _resources(*, is_local: bool) -> Cluster:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = [node["Resources"] for node in nodes if node["Alive"]]
+    # Ray counts what is free at the moment, which on one machine would change the plan.
+    own = int(USABLE * memory_of_machine()) if is_local else 0
     return Cluster(
-        tuple((int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive), is_local=is_local
+        tuple((int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive),
+        is_local=is_local,
+        memory=tuple(own or int(r.get("memory", 0)) for r in alive),
     )

@@ -257,7 +257,10 @@ class TrainConfig(Settings):
 
 
 class SegmentConfig(Settings):
-    """What a user says about one segmentation; everything else is decided by the plan."""
+    """What a user says about one segmentation; everything else is decided by the plan.
+
+    `memory` is bytes of main memory for each worker; `transform` is `file.py:function`.
+    """
 
     image: str
     model: str
@@ -274,9 +277,14 @@ class SegmentConfig(Settings):
     workers: Positive | None = None
     executor: Literal["ray", "serial"] = "ray"
     address: str | None = None
-    engine: Literal["auto", "torch", "openvino"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory: Positive | None = None
+    engine: Literal["auto", "torch", "compiled", "openvino", "tensorrt"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     norm: Literal["volume", "model"] = "volume"
+    mask: str | None = None
+    skip_below: float | None = None
+    skip_level: Annotated[int, Field(ge=0)] | None = None
+    transform: str | None = None
     overwrite: bool = False
 
 

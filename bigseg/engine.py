@@ -4,85 +4,130 @@ A forward takes (n, channels, *spatial) float32 and returns (n, classes, *smalle
 probabilities. The network runs in valid mode with batch norm folded into its convolutions. An
 `EngineSpec` says which forward; it is resolved once, when the plan is made, and stored there: a
 worker that cannot build exactly that engine refuses to work, because the engine decides the bytes.
+
+    engine      processors                  GPUs
+    torch       the reference               the reference, and the default
+    compiled    with a C++ compiler         with triton and a C compiler
+    openvino    where it is installed: the default      –
+    tensorrt    –                           where it is installed
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-import warnings
-from collections.abc import Callable
+import shutil
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bigseg.config import Settings
-from bigseg.errors import ResourceError, UsageError
-from bigseg.model import ConvBlock, UNet, valid_copy
+from bigseg.errors import BigsegError, ResourceError, UsageError
+from bigseg.openvino_engine import openvino_forward
+from bigseg.torch_engine import (
+    Device,
+    DeviceForward,
+    EngineName,
+    EngineSpec,
+    Forward,
+    Precision,
+    device_forward,
+    from_host,
+    torch_forward,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
-Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-Precision = Literal["fp32", "bf16"]
-Device = Literal["cpu", "cuda"]
+    from bigseg.model import UNet
 
+__all__ = [
+    "Device",
+    "DeviceForward",
+    "EngineName",
+    "EngineSpec",
+    "Forward",
+    "Precision",
+    "available_cpus",
+    "best_precision",
+    "build_engine",
+    "candidates",
+    "device_forward",
+    "pick_device",
+    "resolve_engine",
+    "torch_forward",
+]
 
-class EngineSpec(Settings):
-    """Which forward function: all of it decides the bytes of the result."""
+logger = logging.getLogger(__name__)
 
-    name: Literal["torch", "openvino"]
-    device: Device
-    precision: Precision
-    version: str
-    isa: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version} on {self.device} in {self.precision} ({self.isa})"
+# The order of preference of what the default is chosen from, then of what else there is.
+_NAMES: dict[Device, tuple[EngineName, ...]] = {
+    "cpu": ("openvino", "compiled", "torch"),
+    "cuda": ("torch", "compiled", "tensorrt"),
+}
+_HARDWARE = {"cpu": "processors", "cuda": "GPUs"}
+# The distribution whose version decides the bytes, and what pip is told to install.
+_PACKAGES = {"openvino": ("openvino",) * 2, "tensorrt": ("torch-tensorrt", "'bigseg[tensorrt]'")}
 
 
 def resolve_engine(
-    name: Literal["auto", "torch", "openvino"],
-    precision: Literal["auto", "fp32", "bf16"],
+    name: EngineName | Literal["auto"],
+    precision: Precision | Literal["auto"],
     *,
     device: Device,
 ) -> EngineSpec:
     """The engine for these wishes on this kind of device.
 
     `auto` is OpenVINO on processors where it is installed (on 2 cores with AMX it is eight to
-    fifteen times as fast as eager torch) and torch on GPUs.
+    fifteen times as fast as eager torch; where it is not, torch, with a warning) and torch on GPUs.
 
     Raises:
-        UsageError: OpenVINO was asked for on a GPU.
-        ResourceError: OpenVINO was asked for and is not installed.
+        UsageError: the engine or the precision does not run on this kind of device.
+        ResourceError: what the engine needs is not installed, or this processor lacks it.
     """
     if name == "auto":
-        name = "openvino" if device == "cpu" and _installed("openvino") else "torch"
-    if name == "openvino" and device == "cuda":
-        raise UsageError("engine openvino runs on processors, not on GPUs: use --engine torch")
-    if name == "openvino" and not _installed("openvino"):
-        raise ResourceError("engine openvino is not installed: pip install openvino")
+        name = _default(device)
+    if name not in _NAMES[device]:
+        other: Device = "cpu" if device == "cuda" else "cuda"
+        raise UsageError(
+            f"engine {name} runs on {_HARDWARE[other]}, not on {_HARDWARE[device]}: "
+            "use --engine torch"
+        )
+    if precision == "fp16" and device == "cpu":
+        raise UsageError("precision fp16 runs on GPUs, not on processors: use bf16 or fp32")
     if precision == "auto":
         precision = best_precision(device)
+    _check_needs(name, precision, device)
     isa = "cuda" if device == "cuda" else _cpu_isa(precision)
     # Without what follows the +: a driver without a GPU has another build than its workers.
-    package_version = version(name).partition("+")[0]
+    package, _ = _PACKAGES.get(name, ("torch", "torch"))
+    package_version = version(package).partition("+")[0]
     return EngineSpec(
         name=name, device=device, precision=precision, version=package_version, isa=isa
     )
+
+
+def candidates(device: Device, precision: Precision | Literal["auto"]) -> tuple[EngineSpec, ...]:
+    """The engines that can be built here in this precision, the default first."""
+    default = _default(device)
+    found = []
+    for name in (default, *(other for other in _NAMES[device] if other != default)):
+        try:
+            found.append(resolve_engine(name, precision, device=device))
+        except BigsegError as error:
+            logger.info("engine %s is left out: %s", name, error)
+    return tuple(found)
 
 
 def build_engine(
     net: UNet, spec: EngineSpec, *, input_shape: Sequence[int], n_threads: int
 ) -> Forward:
     """The forward function of `spec` for inputs of (n, channels, *spatial) = `input_shape`.
+
+    `n_threads` is for OpenVINO; torch has those of its process (`cluster.set_worker_threads`).
 
     Raises:
         ResourceError: this machine cannot run it: no GPU, another version, another processor.
@@ -94,8 +139,9 @@ def build_engine(
             "bits; run all workers in one environment on one kind of processor"
         )
     if spec.name == "openvino":
-        return _openvino_forward(net, spec.precision, tuple(input_shape), n_threads)
-    return torch_forward(net, device=pick_device(spec.device), precision=spec.precision)
+        return openvino_forward(net, spec, input_shape=input_shape, n_threads=n_threads)
+    device = pick_device(spec.device)
+    return from_host(device_forward(net, spec, input_shape=input_shape, device=device), device)
 
 
 def pick_device(device: Device | None = None) -> torch.device:
@@ -119,135 +165,59 @@ def best_precision(device: Device | torch.device) -> Precision:
     return "bf16" if {"amx_bf16", "avx512_bf16"} & _cpu_flags() else "fp32"
 
 
-def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> Forward:
-    """The reference forward: eager torch, channels last.
-
-    cuDNN neither times algorithms against each other nor uses ones that do not repeat themselves,
-    so that every worker gives the same bytes; fp32 is fp32, not TF32.
-    """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    layout: Any = torch.channels_last if net.spec.dims == 2 else torch.channels_last_3d
-    module = _fold_batch_norm(valid_copy(net))
-    if device.type == "cpu":
-        module.head = _steady_head(module.head)
-    module = module.to(device=device, dtype=dtype)
-    module = module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's own omission
-
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode(), _repeatable():
-            x = torch.from_numpy(batch).to(device, dtype).to(memory_format=layout)
-            return _probabilities(module(x)[:, : net.spec.out_channels].float())
-
-    return forward
-
-
-def _repeatable() -> AbstractContextManager[None]:
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    return flags
-
-
-def _probabilities(logits: Tensor) -> NDArray[np.float32]:
-    """Softmax over axis 1, the same bytes for any number of threads."""
-    if logits.is_cuda:
-        on_gpu: NDArray[np.float32] = logits.softmax(dim=1).cpu().numpy()
-        return on_gpu
-    # torch's own takes another exp for the ends of what each thread gets (2.13); numpy is as fast.
-    result: NDArray[np.float32] = logits.contiguous().numpy()
-    result -= result.max(axis=1, keepdims=True)
-    np.exp(result, out=result)
-    result /= result.sum(axis=1, keepdims=True)
-    return result
-
-
-def _steady_head(head: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
-    """The 1x1 convolution so that its bytes do not depend on the number of threads.
-
-    torch leaves 1x1 convolutions to another library on one thread than on several, unless they are
-    dilated (which for one tap means nothing); oneDNN takes another algorithm for some odd numbers
-    of output channels. Measured with torch 2.13: without this 2-D networks differ in the last bit.
-    """
-    assert head.bias is not None, head
-    n = head.out_channels + -head.out_channels % 8
-    steady = type(head)(head.in_channels, n, 1, dilation=2)
-    weight, bias = torch.zeros_like(steady.weight), torch.zeros(n)
-    weight[: head.out_channels] = head.weight.detach()
-    bias[: head.out_channels] = head.bias.detach()
-    steady.weight, steady.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return steady.eval()
-
-
-class _WithSoftmax(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
-        return y.softmax(dim=1)
-
-
-def _openvino_forward(
-    net: UNet, precision: Precision, input_shape: tuple[int, ...], n_threads: int
-) -> Forward:
-    import openvino
-
-    module = _WithSoftmax(_fold_batch_norm(valid_copy(net)))
-    with torch.inference_mode(), warnings.catch_warnings():
-        # Traced on a small input that fits: the graph does not depend on the size, and what is
-        # cropped of a skip connection is the same for every size.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        # OpenVINO 2026.4 still traces, which torch 2.13 discourages.
-        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
-        small = _smallest_input(net, input_shape)
-        model = openvino.convert_model(module, example_input=torch.zeros(small))
-    model.reshape(list(input_shape))
-    compiled = openvino.Core().compile_model(
-        model,
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": n_threads,
-            "NUM_STREAMS": 1,
-            # With pinning, two actors of one thread each share one core: 0.96 times the speed of
-            # one actor instead of 2.03 times (measured on two cores).
-            "ENABLE_CPU_PINNING": False,
-        },
-    )
-    request = compiled.create_infer_request()
-
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        request.infer([np.ascontiguousarray(batch)], share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
-
-    return forward
-
-
-def _smallest_input(net: UNet, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    from bigseg.model import footprint
-
-    mark = footprint(net.spec)
-    spatial = mark.input_shape(mark.smallest_output((1,) * net.spec.dims))
-    return (1, input_shape[1], *spatial)
-
-
-def _fold_batch_norm(net: UNet) -> UNet:
-    """Batch norm multiplied into the convolution before it; in place, for evaluation only."""
-    for block in net.modules():
-        if not isinstance(block, ConvBlock):
-            continue
-        for i in range(len(block) - 1):
-            conv, norm = block[i], block[i + 1]
-            if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d):
-                assert isinstance(conv, nn.Conv2d | nn.Conv3d)
-                block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return net
-
-
 def available_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default(device: Device) -> EngineName:
+    if device == "cuda":
+        return "torch"
+    if _installed("openvino"):
+        return "openvino"
+    _warn_once("openvino is not installed, torch is used, which is slower: pip install openvino")
+    return "torch"
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _check_needs(name: EngineName, precision: Precision, device: Device) -> None:
+    package, wanted = _PACKAGES.get(name, (None, None))
+    if package is not None and not _installed(package):
+        raise ResourceError(f"engine {name} is not installed: pip install {wanted}")
+    if name == "openvino" and precision == "bf16" and best_precision("cpu") != "bf16":
+        # OpenVINO would compute in float32 and say nothing (2026.4).
+        raise ResourceError(
+            "engine openvino has no bf16 on this processor: use --precision fp32, or --engine "
+            "torch, which emulates it slowly"
+        )
+    if name == "compiled":
+        _check_compiler(device)
+
+
+def _check_compiler(device: Device) -> None:
+    if device == "cpu" and not _found("CXX", "clang++" if platform.system() == "Darwin" else "g++"):
+        raise ResourceError(
+            "engine compiled needs a C++ compiler and there is none: install g++, or name one in "
+            "CXX"
+        )
+    # A driver without a GPU compiles nothing, and cannot say what its workers have.
+    if device == "cpu" or not torch.cuda.is_available():
+        return
+    if find_spec("triton") is None:
+        raise ResourceError("engine compiled needs triton on GPUs: pip install triton")
+    if not _found("CC", "gcc", "clang", "cc"):
+        raise ResourceError(
+            "engine compiled needs a C compiler and there is none: install gcc, or name one in CC"
+        )
+
+
+def _found(variable: str, *programs: str) -> bool:
+    named = os.environ.get(variable)
+    return any(shutil.which(program) for program in ([named] if named else programs))
 
 
 def _installed(package: str) -> bool:

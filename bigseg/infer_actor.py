@@ -11,26 +11,39 @@ declared dead, or never end on a block that kills its worker.
 from __future__ import annotations
 
 import logging
+import statistics
+import threading
 import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from bigseg.cluster import Cluster, connect, set_worker_threads
+from bigseg.cuda import gpu_memory
 from bigseg.engine import available_cpus
 from bigseg.errors import BigsegError, ResourceError
 from bigseg.leases import Lease, LeaseBook
+from bigseg.ledger import EMPTY_MARK
+from bigseg.machine import Workers
 from bigseg.plan import Plan
-from bigseg.segment import SegmentResult, carry_out, n_workers_for, prepare
-from bigseg.stages import BlockReport, Worker
+from bigseg.reports import BlockReport
+from bigseg.segment import SegmentResult, segment_at
+from bigseg.stages import Worker
+from bigseg.trial import Trial, time_tile, try_engines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from bigseg.config import SegmentConfig
+    from bigseg.engine import EngineSpec
     from bigseg.progress import Progress
+    from bigseg.transform import Transform
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +52,32 @@ START_TIMEOUT_S = 180.0
 
 
 class SegmentActor:
-    """One worker process; holds the network and its open arrays between leases."""
+    """One worker process; holds the network and its open arrays between leases.
 
-    def __init__(self, plan: dict[str, Any], n_threads: int) -> None:
+    Two leases run in it at a time, in threads: the second's blocks are read while the first's are
+    computed.
+    """
+
+    def __init__(self, plan: dict[str, Any], n_threads: int, transform: Transform | None) -> None:
         set_worker_threads(n_threads)
-        self._worker = Worker(Plan.model_validate(plan), n_threads)
+        self._worker = Worker(Plan.model_validate(plan), n_threads, transform=transform)
+        self._lock = threading.Lock()
+        self._last_end_s = 0.0
 
     def prepare(self, stage: str) -> None:
         """Open what the stage needs; raises what stops it from working at all."""
         self._worker.prepare(stage)
 
     def run(self, stage: str, blocks: tuple[int, ...]) -> tuple[list[BlockReport], float]:
-        """The reports of these blocks, and the seconds that they took."""
+        """The reports of these blocks, and the seconds that they took by themselves."""
         started = time.perf_counter()
-        return list(self._worker.run(stage, blocks)), time.perf_counter() - started
+        reports = list(self._worker.run(stage, blocks))
+        reports[-1] = replace(reports[-1], spent=self._worker.take_spent())
+        with self._lock:
+            # A lease that began behind another one waited for it.
+            started = max(started, self._last_end_s)
+            self._last_end_s = time.perf_counter()
+            return reports, self._last_end_s - started
 
 
 @dataclass
@@ -63,11 +88,11 @@ class _Member:
     starting: Any
     flying: list[tuple[Any, Lease]] = field(default_factory=list)
 
-    def takes_more(self) -> bool:
-        """Whether another lease may be sent to it."""
+    def takes_more(self, n_leases: int) -> bool:
+        """Whether another lease may be sent to it, so that it has at most `n_leases`."""
         return (
             self.starting is None
-            and len(self.flying) < LEASES_IN_FLIGHT
+            and len(self.flying) < n_leases
             and not any(lease.alone for _, lease in self.flying)
         )
 
@@ -79,11 +104,11 @@ class _Member:
 class RayExecutor:
     """A pool of actors for one plan; a context manager that ends them."""
 
-    def __init__(self, plan: Plan, *, n_workers: int, n_threads: int, n_gpus: float) -> None:
+    def __init__(self, plan: Plan, workers: Workers, *, transform: Transform | None = None) -> None:
         self._plan = plan.model_dump(mode="json")
-        self._n_workers = n_workers
-        self._n_threads = n_threads
-        self._n_gpus = n_gpus
+        self.n_workers = workers.n
+        self._workers = workers
+        self._transform = transform
         self._pool: list[_Member] = []
         self._deaths_in_a_row = 0
 
@@ -95,19 +120,21 @@ class RayExecutor:
             ray.kill(member.actor)
         self._pool.clear()
 
-    def run(self, stage: str, blocks: Iterable[int], n_blocks: int) -> Iterator[BlockReport]:
+    def run(self, stage: str, pending: NDArray[np.bool_]) -> Iterator[BlockReport]:
         """Reports of all blocks in the order in which they come; errors only after all tries.
 
         Raises:
             ResourceError: workers cannot be placed, or keep dying without finishing a block.
         """
-        n_workers = min(self._n_workers, n_blocks)
+        n_workers = min(self.n_workers, int(np.count_nonzero(pending)))
         while len(self._pool) < n_workers:
             self._pool.append(self._start(stage))
-        book = LeaseBook.of(blocks, n_blocks, n_workers=n_workers)
+        book = LeaseBook(pending, len(self._pool))
         while True:
-            for member in self._pool:
-                self._feed(member, stage, book)
+            # Everyone gets a first lease before anyone gets a second.
+            for n_leases in range(1, LEASES_IN_FLIGHT + 1):
+                for number, member in enumerate(self._pool):
+                    self._feed(number, member, stage, book, n_leases)
             if not any(member.flying for member in self._pool) and book.is_empty():
                 return
             member = self._next_to_answer()
@@ -126,14 +153,18 @@ class RayExecutor:
                 continue
             self._deaths_in_a_row = 0
             reports, seconds = answer
-            book.done(len(member.flying.pop(0)[1].blocks), seconds)
+            member.flying.pop(0)
+            # Blocks that are skipped take no time, and say nothing of how long the others take.
+            book.done(sum(r.checksum != EMPTY_MARK for r in reports), seconds)
             for report in reports:
                 if report.error is None or book.failed(report.block):
                     yield report
 
-    def _feed(self, member: _Member, stage: str, book: LeaseBook) -> None:
-        while member.takes_more():
-            lease = book.next(idle=not member.flying)
+    def _feed(
+        self, number: int, member: _Member, stage: str, book: LeaseBook, n_leases: int
+    ) -> None:
+        while member.takes_more(n_leases):
+            lease = book.next(number, idle=not member.flying)
             if lease is None:
                 return
             member.flying.append((member.actor.run.remote(stage, lease.blocks), lease))
@@ -146,7 +177,8 @@ class RayExecutor:
         ready, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout)
         if not ready:
             raise ResourceError(
-                f"{len(self._pool)} workers of {self._n_threads} CPUs and {self._n_gpus:g} GPUs "
+                f"{len(self._pool)} workers of {self._workers.n_threads} CPUs and "
+                f"{self._workers.n_gpus:g} GPUs "
                 f"could not be placed within {START_TIMEOUT_S:.0f} s: ask for fewer with "
                 "--workers, or see with `ray status` what the cluster has"
             )
@@ -157,15 +189,15 @@ class RayExecutor:
     ) -> Iterator[BlockReport]:
         """Put a new actor in the place of a dead one; gives the blocks that it killed it with."""
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > 3 * self._n_workers:
+        if self._deaths_in_a_row > 3 * self.n_workers:
             raise ResourceError(
                 f"workers died {self._deaths_in_a_row} times in a row without finishing a block "
-                f"({error}): is there enough memory for {self._n_workers} of them?"
+                f"({error}): is there enough memory for {self.n_workers} of them?"
             ) from error
         leases = [lease for _, lease in member.flying]
         reason = f"its worker died: {str(error).strip().splitlines()[0]}"
         logger.warning("a worker died with %d leases in flight: %s", len(leases), reason)
-        lost = book.died(leases[0] if leases else None, leases[1:])
+        lost = book.died(leases)
         ray.kill(member.actor)
         self._pool[self._pool.index(member)] = self._start(stage)
         for block in lost:
@@ -173,10 +205,66 @@ class RayExecutor:
 
     def _start(self, stage: str) -> _Member:
         remote = ray.remote(SegmentActor).options(
-            num_cpus=self._n_threads, num_gpus=self._n_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=self._workers.n_threads,
+            num_gpus=self._workers.n_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=LEASES_IN_FLIGHT,
         )
-        actor: Any = remote.remote(self._plan, self._n_threads)
+        actor: Any = remote.remote(self._plan, self._workers.n_threads, self._transform)
         return _Member(actor, starting=actor.prepare.remote(stage))
+
+
+class OnRay:
+    """The workers of a Ray cluster; a `segment.Place`."""
+
+    def __init__(self, cluster: Cluster, n_workers: int | None) -> None:
+        self._cluster = cluster
+        self._n_workers = n_workers
+        self.resources = cluster.resources(_device_bytes(cluster))
+
+    def try_engines(self, plan: Plan, *, only: tuple[EngineSpec, ...] = ()) -> Trial:
+        """Time engines on a worker: this process may have another processor, and no GPU."""
+        trial: Trial = ray.get(self._send(try_engines, plan, only=only))
+        return trial
+
+    def time_tile(self, plan: Plan) -> float:
+        """Mean seconds of the raw forward pass while all workers are at it."""
+        seconds = ray.get([self._send(time_tile, plan) for _ in range(self.workers(plan).n)])
+        return statistics.fmean(seconds)
+
+    def workers(self, plan: Plan) -> Workers:
+        """As many as were asked for, else as the cluster has places and the plan has blocks."""
+        n_gpus = self._cluster.n_gpus
+        if n_gpus:
+            n = self._n_workers or min(n_gpus, len(plan.grid))
+            return Workers(n, self._cluster.cpus_a_worker(n), min(1.0, n_gpus / n))
+        n = self._n_workers or min(self.resources.n_workers, len(plan.grid))
+        return Workers(n, self._cluster.cpus_a_worker(n))
+
+    def executor(self, plan: Plan, transform: Transform | None) -> RayExecutor:
+        """A pool of actors."""
+        return RayExecutor(plan, self.workers(plan), transform=transform)
+
+    def _send(self, function: Callable[..., Any], plan: Plan, **options: Any) -> Any:  # noqa: ANN401
+        workers = self.workers(plan)
+        task = ray.remote(_in_worker).options(
+            num_cpus=workers.n_threads, num_gpus=workers.n_gpus, max_retries=0
+        )
+        values = plan.model_dump(mode="json")
+        return task.remote(function, values, workers.n_threads, options)
+
+
+@contextmanager
+def on_ray(config: SegmentConfig) -> Iterator[OnRay]:
+    """The cluster that the user named, or a private Ray of this machine.
+
+    Raises:
+        ResourceError: no cluster answers.
+    """
+    n_cpus = max(available_cpus(), config.workers or 1)
+    with connect(config.address, n_cpus=n_cpus) as cluster:
+        yield OnRay(cluster, config.workers)
 
 
 def segment_on_ray(config: SegmentConfig, progress: Progress) -> SegmentResult:
@@ -185,20 +273,21 @@ def segment_on_ray(config: SegmentConfig, progress: Progress) -> SegmentResult:
     Raises:
         BigsegError: the image, the model, the output or the cluster cannot be used.
     """
-    n_cpus = max(available_cpus(), config.workers or 1)
-    with connect(config.address, n_cpus=n_cpus) as cluster:
-        plan, ledger = prepare(config, device="cuda" if cluster.n_gpus else "cpu")
-        n_workers, n_threads, n_gpus = _share(cluster, config, plan)
-        with RayExecutor(plan, n_workers=n_workers, n_threads=n_threads, n_gpus=n_gpus) as pool:
-            return carry_out(plan, ledger, pool, progress)
+    with on_ray(config) as place:
+        return segment_at(place, config, progress)
 
 
-def _share(cluster: Cluster, config: SegmentConfig, plan: Plan) -> tuple[int, int, float]:
-    """Workers, and the CPUs and GPUs of each."""
-    if plan.engine.device == "cuda":
-        n_workers = config.workers or cluster.n_gpus
-        n_gpus = min(1.0, cluster.n_gpus / n_workers)
-    else:
-        n_workers = config.workers or n_workers_for(plan, cluster.n_cpus)
-        n_gpus = 0.0
-    return n_workers, cluster.cpus_a_worker(n_workers), n_gpus
+def _in_worker(
+    function: Callable[..., Any], plan: dict[str, Any], n_threads: int, options: dict[str, Any]
+) -> Any:  # noqa: ANN401 - what the function gives
+    set_worker_threads(n_threads)
+    return function(Plan.model_validate(plan), n_threads, **options)
+
+
+def _device_bytes(cluster: Cluster) -> int | None:
+    """Memory of a GPU of the cluster, asked of a worker: this process may have none."""
+    if not cluster.n_gpus:
+        return None
+    asked = ray.remote(gpu_memory).options(num_gpus=1, max_retries=0)
+    n_bytes: int = ray.get(asked.remote())
+    return n_bytes

@@ -1,7 +1,8 @@
 """What is finished: the stored plan and one mark for every block of every stage.
 
     <output>/ledger/           attributes: plan, finished
-    <output>/ledger/predict    uint32, one value a block: 0 not done, else a checksum of its bytes
+    <output>/ledger/predict    uint32, one value a block: 0 not done, EMPTY_MARK nothing was written
+                               because all is background, else a checksum of the written bytes
     <output>/ledger/pyramid-1  ...
 
 Only the driver writes it, and only after a worker's write has returned. Blocks are idempotent, so a
@@ -12,6 +13,7 @@ the same: what is done is what the ledger says.
 from __future__ import annotations
 
 import time
+import zlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,15 @@ if TYPE_CHECKING:
 
 MARKS_PER_CHUNK = 1 << 16
 FLUSH_EVERY_S = 5.0
+
+NOT_DONE = 0
+EMPTY_MARK = 0xFFFFFFFF
+
+
+def checksum_of(data: bytes | bytearray | memoryview) -> int:
+    """The CRC-32 of the bytes, as a mark: never `NOT_DONE` nor `EMPTY_MARK`."""
+    checksum = zlib.crc32(data)
+    return {NOT_DONE: 1, EMPTY_MARK: EMPTY_MARK - 1}.get(checksum, checksum)
 
 
 class Ledger:
@@ -66,7 +77,7 @@ class Ledger:
                     shape=(n,),
                     chunks=(min(max(n, 1), MARKS_PER_CHUNK),),
                     dtype="uint32",
-                    fill_value=0,
+                    fill_value=NOT_DONE,
                     compressors=[ZstdCodec(level=1, checksum=True)],
                 )
             # Last: a ledger without a plan is one that was never finished being made.
@@ -117,26 +128,38 @@ class Ledger:
         assert isinstance(record, dict)
         return dict(record)
 
+    def pending(self, stage: str) -> NDArray[np.bool_]:
+        """For each block of a stage whether it is not done; a snapshot of this moment."""
+        pending: NDArray[np.bool_] = self._of(stage) == NOT_DONE
+        return pending
+
     def left(self, stage: str) -> Iterator[int]:
         """The blocks of a stage that are not done, in order; a snapshot of this moment."""
-        marks = self._of(stage).copy()
+        pending = self.pending(stage)
         return (
             first + block
-            for first in range(0, len(marks), MARKS_PER_CHUNK)
-            for block in np.flatnonzero(marks[first : first + MARKS_PER_CHUNK] == 0).tolist()
+            for first in range(0, len(pending), MARKS_PER_CHUNK)
+            for block in np.flatnonzero(pending[first : first + MARKS_PER_CHUNK]).tolist()
         )
 
     def n_done(self, stage: str) -> int:
-        """Number of finished blocks of a stage."""
+        """Number of finished blocks of a stage, those of which nothing was written among them."""
         return int(np.count_nonzero(self._of(stage)))
 
+    def n_empty(self, stage: str) -> int:
+        """Number of finished blocks of a stage of which nothing was written."""
+        return int(np.count_nonzero(self._of(stage) == EMPTY_MARK))
+
     def checksum(self, stage: str, block: int) -> int:
-        """The mark of a block; 0 where it is not done."""
+        """The mark of a block; `NOT_DONE`, `EMPTY_MARK`, or else what `checksum_of` gave."""
         return int(self._of(stage)[block])
 
     def mark(self, stage: str, block: int, checksum: int) -> None:
-        """Note that a block is written; reaches the store within a few seconds or at `flush`."""
-        assert checksum != 0, "0 means not done"
+        """Note that a block is finished; reaches the store within a few seconds or at `flush`.
+
+        `checksum` is what `checksum_of` gives for what was written, or `EMPTY_MARK`.
+        """
+        assert checksum != NOT_DONE, "a finished block has a mark"
         self._of(stage)[block] = checksum
         self._changed.add((stage, block // MARKS_PER_CHUNK))
         if self._clock() - self._flushed_at >= FLUSH_EVERY_S:

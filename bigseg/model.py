@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from bigseg.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from bigseg.config import UNetSpec
 
@@ -183,6 +186,25 @@ class Footprint:
             _conv_flops(self.spec, step, [lv[i] for lv in levels if lv is not None])
             for i, step in enumerate(_steps(self.spec))
         )
+
+    def flops_of_all(self, outputs: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """`flops` for every combination of these outputs along each axis, all of which must fit."""
+        steps = _steps(self.spec)
+        one_voxel = np.array([_conv_flops(self.spec, step, [1]) for step in steps], np.float64)
+        total = one_voxel
+        for axis, (sizes, halo) in enumerate(zip(outputs, self.halo, strict=True)):
+            of_steps = [_sizes(self.spec, axis, size + 2 * halo) for size in sizes]
+            table = np.array([[1] if n is None else n for n in of_steps], np.float64)
+            total = total[..., np.newaxis, :] * table
+        return np.asarray(total.sum(axis=-1))
+
+    def useful_flops(self, n_voxels: int) -> int:
+        """Operations for `n_voxels` voxels of output without any halo, as in an endless volume."""
+        total = 0.0
+        for step in _steps(self.spec):
+            voxels = n_voxels / math.prod(math.prod(s) for s in self.spec.strides[: step.level])
+            total += _conv_flops(self.spec, step, [1]) * voxels
+        return round(total)
 
 
 def footprint(spec: UNetSpec) -> Footprint:

@@ -14,28 +14,24 @@ not every size fits it; it is cropped. A 2-D network sees the planes of a tile a
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.blocks import Region, Vec, ceil_div, mirrored_axis, round_up, tiles_of
+from bigseg.blocks import Region, Vec, mirrored_axis, tiles_of
 from bigseg.errors import UsageError
 from bigseg.model import footprint
 from bigseg.statistics import normalise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from bigseg.config import NormConstants, UNetSpec
     from bigseg.engine import Forward
     from bigseg.volume import Volume
-
-LARGEST_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -87,84 +83,32 @@ def tile_geometry(spec: UNetSpec, tile: Sequence[int]) -> TileGeometry:
     )
 
 
-def default_tile(
-    spec: UNetSpec, shape: Sequence[int], *, budget_bytes: int = 2 << 30, n_planes: int = 1
-) -> Vec:
-    """The tile (t, z, y, x) that computes least for a volume of `shape` within the memory budget.
-
-    The budget counts the largest activations of one forward pass in float32. A 2-D network takes
-    `n_planes` planes at once. The choice depends on the whole volume, never on a region of it.
-    """
-    mark = footprint(spec)
-    spatial = shape[-spec.dims :]
-    lead = (1, min(n_planes, shape[1])) if spec.dims == 2 else (1,)
-    sides = [_candidate_sides(n, s) for n, s in zip(spatial, mark.stride, strict=True)]
-    computed = [
-        {side: mark.smallest_output((side,) * spec.dims)[axis] for side in candidates}
-        for axis, candidates in enumerate(sides)
-    ]
-
-    def output_of(sizes: Vec) -> Vec:
-        return tuple(output[side] for output, side in zip(computed, sizes, strict=True))
-
-    def fits(sizes: Vec) -> bool:
-        return math.prod(lead) * forward_bytes(spec, output_of(sizes)) <= budget_bytes
-
-    def cost(sizes: Vec) -> int:
-        n_tiles = math.prod(ceil_div(n, s) for n, s in zip(spatial, sizes, strict=True))
-        return n_tiles * mark.flops(output_of(sizes))
-
-    # Along the last axis the longest side that fits computes least, unless the last tile of the
-    # axis is then nearly empty: two are enough to look at.
-    candidates = (
-        sizes
-        for first in itertools.product(*sides[:-1])
-        for sizes in itertools.islice(filter(fits, ((*first, side) for side in sides[-1])), 2)
-    )
-    # Where nothing fits the budget the least memory wins, so that there is always a tile.
-    smallest = tuple(axis[-1] for axis in sides)
-    return (*lead, *min(candidates, key=cost, default=smallest))
-
-
-def _candidate_sides(length: int, stride: int) -> list[int]:
-    """Sides that cut an axis into equal parts, from the longest to a single stride by sixths."""
-    sides: list[int] = []
-    wanted = round_up(LARGEST_TILE, stride)
-    while not sides or sides[-1] > stride:
-        n_parts = ceil_div(length, wanted)
-        # A tile that is shorter than the axis is a multiple of 4, so that chunks can divide it.
-        unit = stride if n_parts == 1 else math.lcm(stride, 4)
-        side = round_up(ceil_div(length, n_parts), unit)
-        if side not in sides:
-            sides.append(side)
-        if wanted <= unit:
-            break
-        wanted = max(unit, wanted * 5 // 6)
-    return sides
-
-
-def forward_bytes(spec: UNetSpec, output: Sequence[int]) -> int:
-    """Rough float32 bytes of the activations alive at the widest point of one forward pass.
-
-    At level 0 the input of the second convolution, its output and the kept skip are alive at once.
-    """
-    halo = footprint(spec).halo
-    voxels = math.prod(o + 2 * h for o, h in zip(output, halo, strict=True))
-    return int(4 * voxels * (spec.in_channels + 3.5 * spec.widths[0]))
-
-
-def read_mirrored(volume: Volume, region: Region, channels: Sequence[int]) -> NDArray[Any]:
-    """The voxels (c, t, z, y, x) of any region; outside the volume the context is mirrored."""
+def region_inside(region: Region, shape: Sequence[int]) -> Region:
+    """What must be read of a volume of `shape` for a region that may leave it."""
     axes = [
-        mirrored_axis(a, b, n)
-        for a, b, n in zip(region.start, region.stop, volume.shape, strict=True)
+        mirrored_axis(a, b, n) for a, b, n in zip(region.start, region.stop, shape, strict=True)
     ]
-    inside = Region(tuple(a[0] for a in axes), tuple(a[1] for a in axes))
-    data: NDArray[Any] = volume.read(inside, channels)
-    for axis, (_, _, positions) in enumerate(axes, start=1):
+    return Region(tuple(a[0] for a in axes), tuple(a[1] for a in axes))
+
+
+def mirrored(
+    read: Callable[[Region], NDArray[Any]], shape: Sequence[int], region: Region
+) -> NDArray[Any]:
+    """The voxels (c, t, z, y, x) of any region; outside the volume the context is mirrored.
+
+    `read` gives those of a region inside the volume of `shape`.
+    """
+    data = read(region_inside(region, shape))
+    for axis, (a, b, n) in enumerate(zip(region.start, region.stop, shape, strict=True), start=1):
+        positions = mirrored_axis(a, b, n)[2]
         if positions is not None:
             data = np.take(data, positions, axis=axis)
     return data
+
+
+def read_mirrored(volume: Volume, region: Region, channels: Sequence[int]) -> NDArray[Any]:
+    """The voxels (c, t, z, y, x) of any region of the volume, mirrored outside it."""
+    return mirrored(lambda inside: volume.read(inside, channels), volume.shape, region)
 
 
 def predict_region(
@@ -178,25 +122,58 @@ def predict_region(
 ) -> NDArray[np.float32]:
     """Probabilities (classes, t, z, y, x) of a region of the volume."""
     data = normalise(read_mirrored(volume, geometry.grown(region), channels), constants)
-    return predict_grown(data, forward, geometry, region)
+    probabilities: NDArray[np.float32] = predict_grown(
+        data, forward, geometry, region, encode=lambda p: p
+    )
+    return probabilities
 
 
 def predict_grown(
-    data: NDArray[np.float32], forward: Forward, geometry: TileGeometry, core: Region
-) -> NDArray[np.float32]:
-    """Probabilities (classes, t, z, y, x) of a core from its normalised grown region (c, ...)."""
+    data: NDArray[np.float32],
+    forward: Forward,
+    geometry: TileGeometry,
+    core: Region,
+    *,
+    encode: Callable[[NDArray[np.float32]], NDArray[Any]],
+    keep: NDArray[np.bool_] | bool = True,
+) -> NDArray[Any]:
+    """What `encode` makes of the probabilities of a core, from its normalised grown region.
+
+    `data` is (c, ...); `encode` gets and gives (channels, t, z, y, x). Tiles of which nothing is
+    kept are not computed, and are 0.
+    """
     origin = geometry.grown(core).start
-    result: NDArray[np.float32] | None = None
-    for tile in tiles_of(core, geometry.tile):
+    result: NDArray[Any] | None = None
+    for part in kept_tiles(core, geometry.tile, keep):
+        tile = part.tile
         grown = geometry.grown(tile).relative_to(origin)
         probabilities = _forward_tile(data[(slice(None), *grown.slices)], forward, geometry.dims)
+        source = (slice(None), *part.inside.relative_to(tile.start).slices)
+        encoded = encode(probabilities[source])
         if result is None:
-            result = np.empty((len(probabilities), *core.shape), np.float32)
-        kept = tile.intersect(core)
-        source = (slice(None), *kept.relative_to(tile.start).slices)
-        result[(slice(None), *kept.relative_to(core.start).slices)] = probabilities[source]
-    assert result is not None
+            result = np.zeros((len(encoded), *core.shape), encoded.dtype)
+        result[(slice(None), *part.inside.relative_to(core.start).slices)] = encoded
+    assert result is not None, "nothing is kept of the core"
     return result
+
+
+@dataclass(frozen=True)
+class KeptTile:
+    """A whole tile of the lattice, and what of it lies inside the core."""
+
+    tile: Region
+    inside: Region
+
+
+def kept_tiles(
+    core: Region, tile_shape: Sequence[int], keep: NDArray[np.bool_] | bool
+) -> Iterator[KeptTile]:
+    """The tiles of `core` with a voxel that is kept; `keep` has the core's shape."""
+    for tile in tiles_of(core, tile_shape):
+        inside = tile.intersect(core)
+        here = keep if isinstance(keep, bool) else keep[inside.relative_to(core.start).slices]
+        if np.any(here):
+            yield KeptTile(tile, inside)
 
 
 def _forward_tile(data: NDArray[np.float32], forward: Forward, dims: int) -> NDArray[np.float32]:

@@ -2,15 +2,18 @@
 
 The library gets a `Progress` injected and never chooses one; `NullProgress` says nothing. Units
 are whatever the loop counts (blocks, steps); voxels, where they are told, give the rate. What was
-done before the loop began (`done`) counts as done, but not in the rate.
+done before the loop began (`done`) counts as done, but not in the rate. While the loop runs, the
+rate and the time left are of the recent past, and what the loop says of itself stands behind them;
+its last line has the rate of the whole.
 
-    segment  412/1331 blocks  31 %  18.4 Mvox/s  left 0:04:10
+    segment  412/1331 blocks  31 %  18.4 Mvox/s  busy 97 %  left 0:04:10
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
@@ -27,13 +30,21 @@ if TYPE_CHECKING:
 Kind = Literal["auto", "rich", "plain", "none"]
 
 INTERVAL_S = 10.0
+# The recent past is the last 30 s, or the last 20 seconds in which something was done where such
+# seconds are rare: large blocks come in long and uneven intervals.
+RECENT_S = 30.0
+RECENT_COUNTS = 20
+COUNT_EVERY_S = 1.0
 
 
 class Task(Protocol):
     """One running loop."""
 
-    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
-        """Note that `n` more units, with `voxels` voxels in them, are done."""
+    def advance(self, n: int = 1, *, voxels: int = 0, note: str = "") -> None:
+        """Note that `n` more units, with `voxels` voxels in them, are done.
+
+        `note` is a short text about the loop as it is now; it is shown until the next one comes.
+        """
 
 
 class Progress(Protocol):
@@ -98,8 +109,17 @@ class NullProgress(_Closing):
 
 
 class _NullTask:
-    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
+    def advance(self, n: int = 1, *, voxels: int = 0, note: str = "") -> None:
         pass
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What the loop had done at a time."""
+
+    time_s: float
+    n_units: int = 0
+    n_voxels: int = 0
 
 
 @dataclass
@@ -113,14 +133,22 @@ class _Meter:
     clock: Callable[[], float]
 
     def __post_init__(self) -> None:
-        self.start_s = self.clock()
-        self.n_here = 0
-        self.n_voxels = 0
+        self.start = self.now = _Count(self.clock())
+        self.recent = deque([self.start])
+        self.note = ""
 
-    def add(self, n: int, voxels: int) -> None:
+    def add(self, n: int, voxels: int, note: str) -> None:
         self.done += n
-        self.n_here += n
-        self.n_voxels += voxels
+        self.now = _Count(self.clock(), self.now.n_units + n, self.now.n_voxels + voxels)
+        self.note = note or self.note
+        # Loops can report far oftener than anyone looks.
+        if self.now.time_s - self.recent[-1].time_s >= COUNT_EVERY_S:
+            self.recent.append(self.now)
+        while len(self.recent) > RECENT_COUNTS and self._is_long_ago(self.recent[1]):
+            self.recent.popleft()
+
+    def _is_long_ago(self, count: _Count) -> bool:
+        return self.now.time_s - count.time_s >= RECENT_S
 
     def line(self, ending: str | None = None) -> str:
         """All that is known; `ending` (such as 'in') gives the time passed instead of left."""
@@ -131,16 +159,22 @@ class _Meter:
         return "  ".join([*parts, *self.tail(ending)])
 
     def tail(self, ending: str | None = None) -> list[str]:
-        """The rate and the time left, as far as they are known."""
-        passed = self.clock() - self.start_s
+        """The rate, the note and the time left, as far as they are known."""
+        if ending is None:
+            since, passed = self.recent[0], self.now.time_s - self.recent[0].time_s
+        else:
+            since, passed = self.start, self.clock() - self.start.time_s
+        n_units, n_voxels = self.now.n_units - since.n_units, self.now.n_voxels - since.n_voxels
         parts = []
-        if self.n_here and passed > 0:
-            what, n = ("vox", self.n_voxels) if self.n_voxels else (self.unit, self.n_here)
+        if n_units and passed > 0:
+            what, n = ("vox", n_voxels) if self.now.n_voxels else (self.unit, n_units)
             parts.append(_rate(n / passed, what))
+        if self.note:
+            parts.append(self.note)
         if ending is not None:
             parts.append(f"{ending} {_hours(passed)}")
-        elif self.n_here:
-            parts.append(f"left {_hours(passed / self.n_here * (self.total - self.done))}")
+        elif n_units:
+            parts.append(f"left {_hours(passed / n_units * (self.total - self.done))}")
         return parts
 
 
@@ -151,10 +185,10 @@ class _PlainTask:
     interval_s: float
 
     def __post_init__(self) -> None:
-        self.next_s = self.meter.start_s + self.interval_s
+        self.next_s = self.meter.start.time_s + self.interval_s
 
-    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
-        self.meter.add(n, voxels)
+    def advance(self, n: int = 1, *, voxels: int = 0, note: str = "") -> None:
+        self.meter.add(n, voxels, note)
         now = self.meter.clock()
         if now >= self.next_s:
             self.next_s = now + self.interval_s
@@ -191,8 +225,8 @@ class _RichTask:
     display: rich.progress.Progress
     task_id: rich.progress.TaskID
 
-    def advance(self, n: int = 1, *, voxels: int = 0) -> None:
-        self.meter.add(n, voxels)
+    def advance(self, n: int = 1, *, voxels: int = 0, note: str = "") -> None:
+        self.meter.add(n, voxels, note)
         self.show()
 
     def show(self, ending: str | None = None) -> None:
@@ -249,7 +283,8 @@ def _bars(console: rich.console.Console) -> rich.progress.Progress:
         progress.BarColumn(),
         progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
         progress.TextColumn("{task.percentage:>3.0f} %"),
-        progress.TextColumn("{task.fields[tail]}"),
+        # A note is text: brackets in it are no markup.
+        progress.TextColumn("{task.fields[tail]}", markup=False),
         console=console,
         refresh_per_second=4,
     )

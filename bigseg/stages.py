@@ -6,73 +6,94 @@ gives small reports; voxels go storage -> worker -> storage.
 
 from __future__ import annotations
 
-import traceback
-import zlib
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from bigseg.cache import ChunkCache
 from bigseg.checkpoint import load_model
-from bigseg.engine import build_engine
-from bigseg.errors import BigsegError
-from bigseg.pipeline import Clock, Outcome, run_pipeline
+from bigseg.cost import DEPTH, Depth
+from bigseg.decoding import set_codec_threads
+from bigseg.empty import EmptySpace, both, keep_of_absent
+from bigseg.ledger import EMPTY_MARK, checksum_of
+from bigseg.pipeline import Clock, Pipeline
 from bigseg.plan import PREDICT, Plan, geometry_of, pyramid_grid
-from bigseg.predict import predict_grown, read_mirrored
+from bigseg.predict import mirrored
+from bigseg.predictor import Encoding, HostPredictor, Predictor
 from bigseg.pyramid import downsample, level_rule, source_region
-from bigseg.statistics import normalise
+from bigseg.reports import BlockReport, Spent, report_of
+from bigseg.transform import Transform, TransformedVolume
 from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
     from bigseg.blocks import Block, BlockGrid, Region
+    from bigseg.model import UNet
+    from bigseg.predict import TileGeometry
     from bigseg.pyramid import Method
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What a worker says of a block: the checksum of what it wrote, or why it could not."""
-
-    block: int
-    checksum: int = 0
-    error: str | None = None
-    details: str | None = None
 
 
 class Stage(Protocol):
     """One stage of the way: a grid of blocks, each read, worked on and written."""
 
     grid: BlockGrid
+    depth: Depth
 
-    def read(self, block: Block) -> NDArray[Any]:
+    def read(self, block: Block) -> Any:  # noqa: ANN401 - what a stage hands on is its own
         """What the block needs, from storage."""
 
-    def work(self, block: Block, data: NDArray[Any]) -> NDArray[Any]:
+    def work(self, block: Block, data: Any) -> Any:  # noqa: ANN401
         """What the block writes."""
 
-    def write(self, block: Block, result: NDArray[Any]) -> int:
-        """Write it; returns a checksum of the bytes, never 0."""
+    def write(self, block: Block, result: Any) -> int:  # noqa: ANN401
+        """Write it; returns its mark."""
+
+    def spent(self, clock: Clock) -> Spent:
+        """What was spent so far, given the times of the working thread."""
 
 
 class Worker:
-    """Carries out blocks of a plan's stages in this process, with `n_threads` for the network."""
+    """Carries out blocks of a plan's stages in this process, with `n_threads` for the network.
 
-    def __init__(self, plan: Plan, n_threads: int) -> None:
+    `transform` is the user's function where the plan has one. A context manager that ends its
+    threads.
+    """
+
+    def __init__(self, plan: Plan, n_threads: int, *, transform: Transform | None = None) -> None:
         self._plan = plan
         self._n_threads = n_threads
-        self._stages: dict[str, Stage] = {}
+        self._transform = transform
+        set_codec_threads(n_threads)
+        self._lock = threading.Lock()
+        self._stages: dict[str, tuple[Stage, Pipeline[Block, int]]] = {}
+        self._said = Spent()
+        self._started = time.perf_counter()
 
-    def run(
-        self, stage: str, blocks: Iterable[int], *, clock: Clock | None = None
-    ) -> Iterator[BlockReport]:
-        """The reports of these blocks, in order; reading, working and writing overlap."""
-        current = self._stage(stage)
-        items = (current.grid[i] for i in blocks)
-        outcomes = run_pipeline(items, current.read, current.work, current.write, clock=clock)
-        return (_report(outcome) for outcome in outcomes)
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads, when what they began is done."""
+        for _, pipeline in self._stages.values():
+            pipeline.close()
+        self._stages.clear()
+
+    def run(self, stage: str, blocks: Iterable[int]) -> Iterator[BlockReport]:
+        """The reports of these blocks, in order; reading, working and writing overlap.
+
+        Several calls may run at once, in threads: the next ones' blocks are read ahead.
+        """
+        current, pipeline = self._open(stage)
+        return map(report_of, pipeline.run(current.grid[i] for i in blocks))
 
     def prepare(self, stage: str) -> None:
         """Open what the stage needs.
@@ -80,12 +101,41 @@ class Worker:
         Raises:
             BigsegError: this worker cannot carry it out.
         """
-        self._stage(stage)
+        self._open(stage)
 
-    def _stage(self, name: str) -> Stage:
-        if name not in self._stages:
-            self._stages = {name: make_stage(self._plan, name, self._n_threads)}
-        return self._stages[name]
+    def take_spent(self) -> Spent:
+        """What was spent since this was last asked."""
+        with self._lock:
+            stage, pipeline = next(iter(self._stages.values()))
+            now = replace(stage.spent(pipeline.clock), wall_s=time.perf_counter() - self._started)
+            said, self._said = self._said, now
+            return now - said
+
+    def _open(self, name: str) -> tuple[Stage, Pipeline[Block, int]]:
+        with self._lock:
+            if name not in self._stages:
+                self.close()
+                stage = make_stage(self._plan, name, self._n_threads, self._transform)
+                depth = stage.depth
+                pipeline = Pipeline(
+                    stage.read,
+                    stage.work,
+                    stage.write,
+                    ahead=depth.ahead,
+                    behind=depth.behind,
+                    n_readers=depth.n_readers,
+                    n_writers=depth.n_writers,
+                )
+                self._stages[name] = (stage, pipeline)
+                self._said, self._started = Spent(), time.perf_counter()
+            return self._stages[name]
+
+
+def make_stage(plan: Plan, name: str, n_threads: int, transform: Transform | None = None) -> Stage:
+    """The stage called `predict` or `pyramid-<level>`."""
+    if name == PREDICT:
+        return PredictStage(plan, n_threads, transform)
+    return PyramidStage(plan, int(name.removeprefix("pyramid-")), n_threads)
 
 
 def stage_grids(plan: Plan) -> dict[str, BlockGrid]:
@@ -97,69 +147,106 @@ def stage_grids(plan: Plan) -> dict[str, BlockGrid]:
     return grids
 
 
-def make_stage(plan: Plan, name: str, n_threads: int) -> Stage:
-    """The stage called `predict` or `pyramid-<level>`."""
-    if name == PREDICT:
-        return PredictStage(plan, n_threads)
-    return PyramidStage(plan, int(name.removeprefix("pyramid-")))
+@dataclass(frozen=True)
+class _Kept:
+    """What is handed on of a block: something, and the voxels of the core that are kept."""
+
+    data: Any
+    keep: NDArray[np.bool_] | bool
 
 
 class PredictStage:
-    """Network output of a core: labels by argmax, or probabilities."""
+    """Network output of a core: labels by argmax, or probabilities; background where it is empty.
 
-    def __init__(self, plan: Plan, n_threads: int) -> None:
+    Blocks of which nothing is kept are neither read nor computed nor written.
+    """
+
+    def __init__(self, plan: Plan, n_threads: int, transform: Transform | None = None) -> None:
         net, card = load_model(plan.model.url)
         self._plan = plan
         self._geometry = geometry_of(plan, card)
         self._source = open_volume(plan.source.url, level=plan.source.level)
         self._output = open_volume(plan.output.url)
-        self._forward = build_engine(
-            net,
-            plan.engine,
-            input_shape=self._geometry.input_shape(card.spec.in_channels),
-            n_threads=n_threads,
-        )
-        self.grid = plan.grid
+        self._transform = transform
+        self._cache = ChunkCache(self._source, plan.source.channels, budget_bytes=plan.cache_bytes)
+        rule = plan.empty
+        self._empty = rule and EmptySpace(rule, self._source, plan.source.channels)
+        self._predictor = _make_predictor(plan, net, self._geometry, n_threads)
+        self._written = _Counter()
+        self.grid, self.depth = plan.grid, DEPTH[plan.engine.device]
 
-    def read(self, block: Block) -> NDArray[np.float32]:
-        """The normalised grown region of what the block predicts (c, t, z, y, x)."""
-        grown = self._geometry.grown(self._inside(block))
-        data = read_mirrored(self._source, grown, self._plan.source.channels)
-        return normalise(data, self._plan.constants)
-
-    def work(self, block: Block, data: NDArray[Any]) -> NDArray[Any]:
-        """The core in the output's type; background outside the region asked for."""
+    def read(self, block: Block) -> _Kept | None:
+        """The grown region of what the block predicts, brought to where it is computed."""
         inside = self._inside(block)
-        probabilities = predict_grown(data, self._forward, self._geometry, inside)
-        result = self._encode(probabilities)
-        if inside == block.core:
-            return result
-        whole = np.zeros((len(result), *block.core.shape), result.dtype)
-        whole[(slice(None), *inside.relative_to(block.core.start).slices)] = result
-        return whole
+        keep = self._empty.keep(inside) if self._empty else True
+        if keep is False:
+            return None
+        absent: list[Region] = []
+        raw = mirrored(self._reader(absent), self._source.shape, self._geometry.grown(inside))
+        keep = both(keep, keep_of_absent(inside, absent))
+        return None if keep is False else _Kept(self._predictor.load(raw), keep)
 
-    def write(self, block: Block, result: NDArray[Any]) -> int:
-        """Write the core; returns its checksum."""
-        self._output.write(block.core, result)
-        return _checksum(result)
+    def work(self, block: Block, data: _Kept | None) -> _Kept | None:
+        """The core, perhaps not computed yet."""
+        if data is None:
+            return None
+        started = self._predictor.start(self._inside(block), data.data, data.keep)
+        return _Kept(started, data.keep)
+
+    def write(self, block: Block, result: _Kept | None) -> int:
+        """Write the core; background outside the region asked for and where it is empty."""
+        if result is None:
+            return EMPTY_MARK
+        inside = self._inside(block)
+        values = self._predictor.finish(result.data)
+        if not isinstance(result.keep, bool):
+            values *= result.keep
+        if inside != block.core:
+            whole = np.zeros((len(values), *block.core.shape), values.dtype)
+            whole[(slice(None), *inside.relative_to(block.core.start).slices)] = values
+            values = whole
+        self._output.write(block.core, values)
+        self._written.add(values.nbytes)
+        return checksum_of(np.ascontiguousarray(values).data)
+
+    def spent(self, clock: Clock) -> Spent:
+        """What was spent so far."""
+        busy_s = self._predictor.busy_s
+        return Spent(
+            busy_s=clock.work_s if busy_s is None else busy_s,
+            wait_read_s=clock.wait_read_s,
+            wait_write_s=clock.wait_write_s,
+            idle_s=clock.idle_s,
+            bytes_fetched=self._cache.n_bytes_fetched,
+            bytes_written=self._written.total,
+        )
 
     def _inside(self, block: Block) -> Region:
         return block.core.intersect(self._plan.region)
 
-    def _encode(self, probabilities: NDArray[np.float32]) -> NDArray[Any]:
-        dtype = np.dtype(self._plan.output.dtype)
-        if self._plan.output.kind == "labels":
-            return _argmax(probabilities, dtype)
-        if dtype == np.uint8:
-            probabilities = np.rint(probabilities * np.float32(255.0))
-        encoded: NDArray[Any] = probabilities.astype(dtype)
-        return encoded
+    def _reader(self, absent: list[Region]) -> Callable[[Region], NDArray[Any]]:
+        """Reads a region inside the volume, transformed; notes what the store does not have."""
+
+        def read(region: Region) -> NDArray[Any]:
+            reading = self._cache.read(region)
+            absent.extend(reading.absent)
+            return reading.data
+
+        if self._transform is None or self._plan.transform is None:
+            return read
+        changed = TransformedVolume(
+            read, self._source, self._plan.source.channels, self._transform, self._plan.transform
+        )
+        return lambda region: changed.read(region, range(changed.n_channels))
 
 
 class PyramidStage:
-    """A core of a coarser level from the level below: mode of labels, mean of probabilities."""
+    """A core of a coarser level from the level below: mode of labels, mean of probabilities.
 
-    def __init__(self, plan: Plan, level: int) -> None:
+    There is no engine to keep busy, so all of it is done in the reading threads, side by side.
+    """
+
+    def __init__(self, plan: Plan, level: int, n_threads: int) -> None:
         self._fine = open_volume(plan.output.url, level=level - 1)
         self._coarse = open_volume(plan.output.url, level=level)
         self._method: Method = "mode" if plan.output.kind == "labels" else "mean"
@@ -169,20 +256,20 @@ class PyramidStage:
             fine_scale=self._fine.scale,
             coarse_scale=self._coarse.scale,
         )
+        self._fetched, self._written = _Counter(), _Counter()
+        self.depth = Depth(n_threads, n_threads, n_threads, n_threads)
         self.grid = pyramid_grid(self._coarse, plan.source.shape, plan.region)
 
     def read(self, block: Block) -> NDArray[Any]:
-        """The voxels of the finer level that the core is made of."""
+        """The core, downsampled from the voxels of the finer level."""
         needed = source_region(
             block.core,
             fine_shape=self._fine.shape,
             coarse_shape=self._coarse.shape,
             rule=self._rule,
         )
-        return self._fine.read(needed, range(self._fine.n_channels))
-
-    def work(self, block: Block, data: NDArray[Any]) -> NDArray[Any]:
-        """The core, downsampled."""
+        data = self._fine.read(needed, range(self._fine.n_channels))
+        self._fetched.add(data.nbytes)
         return downsample(
             data,
             block.core,
@@ -192,36 +279,64 @@ class PyramidStage:
             method=self._method,
         )
 
+    def work(self, block: Block, data: NDArray[Any]) -> NDArray[Any]:
+        """Nothing is left to do."""
+        del block
+        return data
+
     def write(self, block: Block, result: NDArray[Any]) -> int:
         """Write the core; returns its checksum."""
         self._coarse.write(block.core, result)
-        return _checksum(result)
+        self._written.add(result.nbytes)
+        return checksum_of(np.ascontiguousarray(result).data)
+
+    def spent(self, clock: Clock) -> Spent:
+        """What was spent so far."""
+        return Spent(
+            busy_s=clock.work_s,
+            wait_read_s=clock.wait_read_s,
+            wait_write_s=clock.wait_write_s,
+            idle_s=clock.idle_s,
+            bytes_fetched=self._fetched.total,
+            bytes_written=self._written.total,
+        )
 
 
-def _argmax(probabilities: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The class (1, ...) with the largest probability (classes, ...), the first of equals.
+class _Counter:
+    """A sum to which several threads add."""
 
-    Five times as fast as numpy's along the first axis, and without its 64-bit result.
-    """
-    best = probabilities[0]
-    labels = np.zeros(best.shape, dtype)
-    for k, challenger in enumerate(probabilities[1:], start=1):
-        np.maximum(labels, (challenger > best) * dtype.type(k), out=labels)
-        best = np.maximum(best, challenger)
-    return labels[None]
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
 
-
-def _checksum(data: NDArray[Any]) -> int:
-    return zlib.crc32(np.ascontiguousarray(data).data) or 1
+    def add(self, n: int) -> None:
+        """Add `n`."""
+        with self._lock:
+            self.total += n
 
 
-def _report(outcome: Outcome[Block, int]) -> BlockReport:
-    if outcome.error is None:
-        assert outcome.written is not None
-        return BlockReport(outcome.item.index, checksum=outcome.written)
-    error = outcome.error
-    reason = str(error) if isinstance(error, BigsegError) else f"{type(error).__name__}: {error}"
-    details = "".join(traceback.format_exception(error))
-    return BlockReport(
-        outcome.item.index, error=f"block {outcome.item.core}: {reason}", details=details
+def _make_predictor(plan: Plan, net: UNet, geometry: TileGeometry, n_threads: int) -> Predictor:
+    encoding = Encoding(plan.output.kind == "labels", np.dtype(plan.output.dtype))
+    if plan.engine.device == "cpu":
+        return HostPredictor(
+            net,
+            plan.engine,
+            geometry,
+            constants=plan.constants,
+            encoding=encoding,
+            n_threads=n_threads,
+        )
+    from bigseg.cuda import CudaPredictor
+
+    depth = DEPTH["cuda"]
+    dtype = plan.transform.dtype if plan.transform else plan.source.dtype
+    return CudaPredictor(
+        net,
+        plan.engine,
+        geometry,
+        constants=plan.constants,
+        encoding=encoding,
+        core=plan.core,
+        raw_dtype=np.dtype(dtype),
+        n_slots=depth.ahead + 1 + depth.behind,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dask
 import numpy as np
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Vec
-    from bigseg.volume import Volume
 
 ENOUGH_VOXELS = 1 << 20
 MOST_VOXELS = 1 << 27
@@ -48,7 +47,28 @@ def normalise(data: NDArray[Any], constants: NormConstants) -> NDArray[np.float3
     return result
 
 
-def norm_constants(volume: Volume, rule: NormRule, channels: Sequence[int]) -> NormConstants:
+class Measurable(Protocol):
+    """What is measured of a volume, or of a transformed one; see `Volume` for each."""
+
+    @property
+    def url(self) -> str: ...  # noqa: D102
+    @property
+    def level(self) -> int: ...  # noqa: D102
+    @property
+    def n_levels(self) -> int: ...  # noqa: D102
+    @property
+    def shape(self) -> Vec: ...  # noqa: D102
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+    @property
+    def chunk_shape(self) -> Vec: ...  # noqa: D102
+    @property
+    def write_unit(self) -> Vec: ...  # noqa: D102
+    def at(self, level: int) -> Measurable: ...  # noqa: D102
+    def read(self, region: Region, channels: Sequence[int]) -> NDArray[Any]: ...  # noqa: D102
+
+
+def norm_constants(volume: Measurable, rule: NormRule, channels: Sequence[int]) -> NormConstants:
     """What `rule` gives for these channels of the volume.
 
     Measured on the coarsest level that still has 2^20 voxels (never finer than the volume's own);
@@ -73,7 +93,7 @@ def norm_constants(volume: Volume, rule: NormRule, channels: Sequence[int]) -> N
     )
 
 
-def _statistics_level(volume: Volume) -> Volume:
+def _statistics_level(volume: Measurable) -> Measurable:
     best = volume
     for level in range(volume.level + 1, volume.n_levels):
         candidate = volume.at(level)
@@ -91,7 +111,7 @@ class _Histogram:
     counts: NDArray[np.int64]
 
 
-def _histogram(volume: Volume, channel: int) -> _Histogram:
+def _histogram(volume: Measurable, channel: int) -> _Histogram:
     regions = _sampled_regions(volume)
     low, high = _range_of(volume, channel, regions)
     if not low <= high:
@@ -108,7 +128,7 @@ def _histogram(volume: Volume, channel: int) -> _Histogram:
     return _Histogram(centres, counts)
 
 
-def _sampled_regions(volume: Volume) -> list[Region]:
+def _sampled_regions(volume: Measurable) -> list[Region]:
     """Every k-th block of the volume, in a time and memory that do not grow with it."""
     grid = BlockGrid(Region.of_shape(volume.shape), _block_to_read(volume))
     every = ceil_div(math.prod(volume.shape), MOST_VOXELS)
@@ -119,7 +139,7 @@ def _sampled_regions(volume: Volume) -> list[Region]:
     return [grid[i].core for i in range(0, len(grid), every)]
 
 
-def _block_to_read(volume: Volume) -> Vec:
+def _block_to_read(volume: Measurable) -> Vec:
     """Whole write units, or chunks where those are large, enough of them for one task."""
     least, most = READ_VOXELS
     unit = volume.write_unit
@@ -132,7 +152,7 @@ def _block_to_read(volume: Volume) -> Vec:
     return tuple(block)
 
 
-def _range_of(volume: Volume, channel: int, regions: list[Region]) -> tuple[float, float]:
+def _range_of(volume: Measurable, channel: int, regions: list[Region]) -> tuple[float, float]:
     """Smallest and largest finite value; of integers exact, and what a narrow type can hold."""
     dtype = volume.dtype
     if dtype.kind == "b" or (dtype.kind in "ui" and dtype.itemsize <= 2):
@@ -143,7 +163,7 @@ def _range_of(volume: Volume, channel: int, regions: list[Region]) -> tuple[floa
     return min(p[0] for p in pairs), max(p[1] for p in pairs)
 
 
-def _extremes(volume: Volume, region: Region, channel: int) -> tuple[float, float]:
+def _extremes(volume: Measurable, region: Region, channel: int) -> tuple[float, float]:
     values = volume.read(region, [channel])
     if values.dtype.kind in "iu":
         return int(values.min()), int(values.max())
@@ -152,7 +172,7 @@ def _extremes(volume: Volume, region: Region, channel: int) -> tuple[float, floa
 
 
 def _count_exactly(
-    volume: Volume, region: Region, channel: int, low: int, high: int, n_bins: int
+    volume: Measurable, region: Region, channel: int, low: int, high: int, n_bins: int
 ) -> NDArray[np.int64]:
     """Counts of each integer from `low` to `high`."""
     del high
@@ -165,7 +185,7 @@ def _count_exactly(
 
 
 def _count_in_bins(
-    volume: Volume, region: Region, channel: int, low: float, high: float, n_bins: int
+    volume: Measurable, region: Region, channel: int, low: float, high: float, n_bins: int
 ) -> NDArray[np.int64]:
     """Counts of finite values in equal bins from `low` to `high`."""
     values = volume.read(region, [channel]).ravel().astype(np.float64)
@@ -176,7 +196,7 @@ def _count_in_bins(
 
 
 def _constants_of(
-    histogram: _Histogram, rule: NormRule, volume: Volume, channel: int
+    histogram: _Histogram, rule: NormRule, volume: Measurable, channel: int
 ) -> tuple[float, float]:
     present = histogram.counts > 0
     values, counts = histogram.centres[present], histogram.counts[present]

@@ -11,6 +11,7 @@ import asyncio
 import os
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore, StorePath
 
+from bigseg.decoding import decode_fast
 from bigseg.errors import (
     InputError,
     InputNotFoundError,
@@ -140,7 +142,7 @@ def open_group(url: str, *, mode: Mode, zarr_format: Literal[2, 3] = 3) -> zarr.
 
 
 def open_array(url: str, *, mode: Mode) -> zarr.Array[Any]:
-    """The Zarr array at `url`, which must exist.
+    """The Zarr array at `url`, which must exist; one that is only read (r) decodes fast.
 
     Raises:
         InputNotFoundError: there is nothing.
@@ -158,14 +160,18 @@ def open_array(url: str, *, mode: Mode) -> zarr.Array[Any]:
             f"the chunks {tuple(array.chunks)} of {url} take {n_bytes} bytes each, more than "
             f"{MAX_CHUNK_BYTES}: write it with smaller chunks"
         )
-    return array
+    return decode_fast(array) if mode == "r" else array
 
 
 def writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """The same array with writes allowed and durable; reads nothing from the store."""
+    """The same array with writes allowed and durable; reads nothing from the store.
+
+    Chunks that hold nothing but the fill value are stored too.
+    """
     inner = array.async_array
     path = StorePath(_durable(inner.store_path.store), inner.store_path.path)
-    return zarr.Array(type(inner)(inner.metadata, path, inner.config))
+    config = replace(inner.config, write_empty_chunks=True)
+    return zarr.Array(type(inner)(inner.metadata, path, config))
 
 
 def create_group(url: str, *, zarr_format: Literal[2, 3], attributes: dict[str, Any]) -> zarr.Group:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from bigseg.errors import InputError
+from bigseg.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,3 +100,29 @@ def nearest_size(
 def format_um(sizes: Sequence[float]) -> str:
     """Voxel sizes for a message: '0.5×0.1×0.1 µm'."""
     return "×".join(f"{s:.4g}" for s in sizes) + " µm"
+
+
+def format_bytes(n: float) -> str:
+    """Bytes for a message: '6.5 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            break
+        n /= 1024
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that '6GiB', '6.5G', '512 MB' or a plain number mean.
+
+    K, M, G and T with or without 'iB' count in 1024s, with 'B' alone in 1000s.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B)?|B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is no size of memory: write it as 6GiB or 500MiB")
+    number, prefix, suffix = match.groups()
+    base = 1000 if (suffix or "").upper() == "B" else 1024
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * base**power)

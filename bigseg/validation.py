@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg.annotations import middle
+from bigseg.cost import default_tile, forward_bytes
 from bigseg.engine import torch_forward
 from bigseg.evaluate import Contingency, Scores, scores
-from bigseg.predict import default_tile, predict_region, tile_geometry
+from bigseg.predict import predict_region, tile_geometry
 from bigseg.targets import IGNORE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
@@ -73,10 +76,14 @@ def _judge(recipe: Recipe, source: SourceRecipe, forward: Forward) -> tuple[Cont
     """Counts of (predicted, true) class over one image, and its summed cross-entropy."""
     spec, annotated = recipe.card.spec, recipe.open(source)
     region = middle(source.val, n_images=len(recipe.sources))
+
+    def fits(output: Sequence[Any]) -> Any:  # noqa: ANN401 - arrays of sizes
+        return forward_bytes(spec, output[-spec.dims :]) <= TILE_BYTES
+
     probabilities = predict_region(
         annotated.image,
         forward,
-        tile_geometry(spec, default_tile(spec, region.shape, budget_bytes=TILE_BYTES)),
+        tile_geometry(spec, default_tile(spec, region.shape, fits)),
         region,
         channels=recipe.config.channels,
         constants=source.constants,

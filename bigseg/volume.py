@@ -27,6 +27,7 @@ from bigseg.errors import (
 from bigseg.layout import OutputSpec, list_label, unlist_label
 from bigseg.lazy import LazyView
 from bigseg.units import format_um, nearest_size
+from bigseg.writing import UnitWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,12 +137,27 @@ class Volume:
         Raises:
             UsageError: the region or a channel lies outside.
         """
-        self._check_inside(region)
+        self.check_inside(region)
         self._check_channels(channels)
         first, stop = min(channels), max(channels) + 1
         if list(channels) == list(range(first, stop)):
             return self._read_run(region, first, stop)
         return np.concatenate([self._read_run(region, c, c + 1) for c in channels])
+
+    def check_inside(self, region: Region) -> None:
+        """Refuse a region that is not a box of voxels of this volume.
+
+        Raises:
+            UsageError: it has other axes, lies outside, or ends before it starts.
+        """
+        inside = len(region.start) == 4 and all(
+            0 <= a <= b <= n for a, b, n in zip(region.start, region.stop, self.shape, strict=True)
+        )
+        if not inside:
+            raise UsageError(
+                f"region {region} is not inside {self.url}, whose shape (t, z, y, x) is "
+                f"{self.shape}: give a region inside it"
+            )
 
     def write(self, region: Region, data: NDArray[Any]) -> None:
         """Store `data` (c, t, z, y, x; all channels, the exact dtype) at `region`, durably.
@@ -150,10 +166,11 @@ class Volume:
             OutputError: the region cuts through a write unit, dtype or shape differ from the
                 array's, or the store cannot be written.
         """
-        self._check_inside(region)
+        self.check_inside(region)
         self._check_write(region, data)
         try:
-            self._writable[self._selection(region, 0, self.n_channels)] = self._as_stored(data)
+            start = [s.start for s in self._selection(region, 0, self.n_channels)]
+            self._writer.write(start, self._as_stored(data))
         except OSError as error:
             raise OutputError(
                 f"block {region} of {self.url} cannot be written: {error.strerror or error}; "
@@ -161,12 +178,16 @@ class Volume:
             ) from error
 
     def dask(self, channels: Sequence[int] | None = None) -> da.Array:
-        """A lazy view (c, t, z, y, x) whose chunks are write units; all channels by default."""
+        """A lazy view (c, t, z, y, x) of some channels, all by default.
+
+        Its chunks are write units; in what bigseg segmented the cores of the blocks, whole write
+        units too.
+        """
         import dask.array as da  # half a second that commands without Dask save
 
         chosen = tuple(range(self.n_channels) if channels is None else channels)
         self._check_channels(chosen)
-        unit = (len(chosen), *self.write_unit)
+        unit = (len(chosen), *(self._core or self.write_unit))
         view = LazyView((len(chosen), *self.shape), self.dtype, self.read, chosen)
         return da.from_array(view, chunks=unit, name=False, asarray=False, fancy=False)
 
@@ -191,9 +212,23 @@ class Volume:
         same = (i for i in order if label.at(i).shape[1:] == self.shape[1:])
         return label.at(next(same, min(self.level, label.n_levels - 1)))
 
+    @property
+    def _core(self) -> Vec | None:
+        """The core of the blocks that wrote this level, where its maker says so."""
+        core = (self.provenance or {}).get("core") if self.level == 0 else None
+        fits = (
+            isinstance(core, list)
+            and len(core) == len(self.write_unit)
+            and all(
+                isinstance(c, int) and c > 0 and (c % u == 0 or c >= n)
+                for c, u, n in zip(core, self.write_unit, self.shape, strict=True)
+            )
+        )
+        return tuple(core) if fits and core else None
+
     @functools.cached_property
-    def _writable(self) -> zarr.Array[Any]:
-        return store.writable(self.array)
+    def _writer(self) -> UnitWriter:
+        return UnitWriter(self.array)
 
     def _place(self, values: Sequence[int]) -> Vec:
         return tuple(int(self.multiscale.along(name, values, absent=1)) for name in layout.PLACE)
@@ -218,16 +253,6 @@ class Volume:
         present = [n for n in CANONICAL if n in names]
         data = data[tuple(slice(None) if n in names else 0 for n in CANONICAL)]
         return data.transpose([present.index(n) for n in names])
-
-    def _check_inside(self, region: Region) -> None:
-        inside = len(region.start) == 4 and all(
-            0 <= a <= b <= n for a, b, n in zip(region.start, region.stop, self.shape, strict=True)
-        )
-        if not inside:
-            raise UsageError(
-                f"region {region} is not inside {self.url}, whose shape (t, z, y, x) is "
-                f"{self.shape}: give a region inside it"
-            )
 
     def _check_channels(self, channels: Sequence[int]) -> None:
         if not channels or not all(0 <= c < self.n_channels for c in channels):

@@ -9,6 +9,7 @@ import zarr
 
 from bigseg.checkpoint import save_model
 from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
+from bigseg.machine import Resources
 from bigseg.model import UNet
 
 NORM = NormRule(kind="fixed", offset=100.0, scale=50.0)
@@ -57,6 +58,10 @@ def noise(shape, *, seed=0, dtype=np.uint8):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
 
 
+# Small workers, whatever the machine.
+RESOURCES = Resources(device="cpu", n_workers=2, n_threads=1, memory_bytes=4 << 30)
+
+
 def config_of(image, model, out, **options):
     """Settings of a small serial run in float32 on torch, with any option changed."""
     defaults = {
@@ -87,8 +92,8 @@ class _Recording:
     def __init__(self, entry, after):
         self._entry, self._after = entry, after
 
-    def advance(self, n=1, *, voxels=0):
-        del voxels
+    def advance(self, n=1, *, voxels=0, note=""):
+        del voxels, note
         self._entry["done"] += n
         self._after(self._entry["done"])
 

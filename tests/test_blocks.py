@@ -27,6 +27,31 @@ def regions(draw, n_axes=3, longest=25):
 
 
 shapes = st.tuples(*[st.integers(1, 12)] * 3)
+beams = st.tuples(st.integers(1, 5), st.integers(1, 5))
+
+
+@st.composite
+def grids(draw, beam=beams):
+    """Grids of up to seven cores along each of t, z, y, x, anywhere on the lattice."""
+    core = draw(st.tuples(*[st.integers(1, 3)] * 4))
+    first = draw(st.tuples(*[st.integers(0, 4)] * 4))
+    shape = draw(st.tuples(st.integers(1, 2), *[st.integers(1, 7)] * 3))
+    region = Region(
+        tuple(f * c + draw(st.integers(0, c - 1)) for f, c in zip(first, core, strict=True)),
+        tuple((f + n) * c for f, n, c in zip(first, shape, core, strict=True)),
+    )
+    return BlockGrid(region, core, draw(beam))
+
+
+def positions_in_beams(shape, beam):
+    """The order of beams by walking through them."""
+    n_t, n_z, n_y, n_x = shape
+    for t in range(n_t):
+        corners = itertools.product(range(0, n_y, beam[0]), range(0, n_x, beam[1]))
+        for number, (y0, x0) in enumerate(corners):
+            ys, xs = range(y0, min(y0 + beam[0], n_y)), range(x0, min(x0 + beam[1], n_x))
+            zs = range(n_z) if number % 2 == 0 else reversed(range(n_z))
+            yield from ((t, z, y, x) for z in zs for y in ys for x in xs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,19 +105,80 @@ def test_tiles_are_whole_lie_on_the_lattice_and_cover_the_core_once(core, tile):
     assert counts.max() == 1
 
 
-def test_an_index_outside_the_grid_is_refused():
-    grid = BlockGrid(Region((0, 0), (4, 4)), (2, 3))
+@settings(max_examples=80, deadline=None)
+@given(grids())
+def test_beams_are_numbered_as_one_walks_through_them(grid):
+    raster = BlockGrid(grid.region, grid.core_shape)
+    core_at = dict(zip(itertools.product(*map(range, raster.shape)), raster, strict=True))
+    walk = [core_at[position].core for position in positions_in_beams(grid.shape, grid.beam)]
+    assert [block.core for block in grid] == walk
+    assert [block.index for block in grid] == list(range(len(raster)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids())
+def test_beams_change_the_numbers_of_blocks_and_nothing_else(grid):
+    raster = BlockGrid(grid.region, grid.core_shape)
+    assert {block.core for block in grid} == {block.core for block in raster}
+    assert (len(grid), grid.shape, grid.first) == (len(raster), raster.shape, raster.first)
+    assert grid.chunks == raster.chunks
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids())
+def test_a_beam_begins_in_the_plane_in_which_the_one_before_ended(grid):
+    for before, after in itertools.pairwise(block.core for block in grid):
+        if before.start[0] == after.start[0]:
+            step = after.start[1] // grid.core_shape[1] - before.start[1] // grid.core_shape[1]
+            assert abs(step) <= 1
+            same_beam = all(
+                (a // c - f) // b == (n // c - f) // b
+                for a, n, c, f, b in zip(
+                    before.start[2:],
+                    after.start[2:],
+                    grid.core_shape[2:],
+                    grid.first[2:],
+                    grid.beam,
+                    strict=True,
+                )
+            )
+            assert same_beam or step == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids(beam=st.tuples(st.integers(7, 9), st.integers(7, 9))))
+def test_a_beam_as_wide_as_the_grid_is_raster_order(grid):
+    assert list(grid) == list(BlockGrid(grid.region, grid.core_shape))
+
+
+def test_beams_are_numbered_as_they_are_drawn():
+    for outer in ((), (1,)):
+        grid = BlockGrid(Region.of_shape((*outer, 2, 2, 4)), (*outer, 1, 1, 1), (2, 2))
+        numbers = np.zeros(grid.region.shape, int)
+        for block in grid:
+            numbers[block.core.slices] = block.index
+        assert numbers.reshape(2, 2, 4).tolist() == [
+            [[0, 1, 12, 13], [2, 3, 14, 15]],
+            [[4, 5, 8, 9], [6, 7, 10, 11]],
+        ]
+
+
+@pytest.mark.parametrize("beam", [None, (1, 1), (5, 5)])
+def test_an_index_outside_the_grid_is_refused(beam):
+    grid = BlockGrid(Region((0, 0, 0), (1, 4, 4)), (1, 2, 3), beam)
     assert len(grid) == 4
     for index in (-1, 4):
         with pytest.raises(IndexError):
             grid[index]
 
 
-def test_a_huge_grid_costs_nothing():
+@pytest.mark.parametrize("beam", [None, (4, 3)])
+def test_a_huge_grid_costs_nothing(beam):
     started = time.process_time()
-    grid = BlockGrid(Region.of_shape((1, 20_000, 20_000, 20_000)), (1, 1, 16, 16))
+    grid = BlockGrid(Region.of_shape((1, 20_000, 20_000, 20_000)), (1, 1, 16, 16), beam)
     assert len(grid) == 20_000 * 1250 * 1250
     last = grid[len(grid) - 1]
+    # 313 x 417 beams are an odd number: the last one runs forwards.
     assert last.core == Region((0, 19_999, 19_984, 19_984), (1, 20_000, 20_000, 20_000))
     assert next(iter(grid)).index == 0
     assert time.process_time() - started < 0.5

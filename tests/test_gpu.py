@@ -1,13 +1,21 @@
-"""The CUDA engine against float32 on the processor."""
+"""The CUDA engines against float32 on the processor, and against each other."""
 
 import numpy as np
 import pytest
 import torch
 from helpers import config_of, noise, write_image, write_model
+from torch.nn import functional
 
 from bigseg.config import UNetSpec
-from bigseg.engine import build_engine, resolve_engine, torch_forward
+from bigseg.engine import (
+    build_engine,
+    candidates,
+    device_forward,
+    resolve_engine,
+    torch_forward,
+)
 from bigseg.model import UNet, footprint
+from bigseg.probe import choose, probe
 from bigseg.progress import NullProgress
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
@@ -82,3 +90,124 @@ def test_every_block_size_gives_the_same_bytes_on_cuda(dims, tmp_path):
         assert segment_serially(config, NullProgress()).is_complete
         results.append(open_volume(str(out)).array[:])
     np.testing.assert_array_equal(*results)
+
+
+# Every engine but the reference, in every precision. TensorRT where it is installed.
+ENGINES = [
+    (name, p) for name in ("torch", "compiled", "tensorrt") for p in ("fp32", "bf16", "fp16")
+]
+# The largest difference of a probability, and the share of voxels whose class may differ.
+PROBABILITIES = {"fp32": 1e-4, "bf16": 0.06, "fp16": 0.01}
+CLASSES = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIGSEG_CACHE", str(tmp_path_factory.mktemp("kept")))
+        yield
+
+
+def blurred_balls(shape, n, seed):
+    """Noisy images (n, 1, *shape) of smooth foreground, and its classes (n, *shape)."""
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    field = torch.randn((n, 1, *shape), generator=generator, device=CUDA)
+    blur = functional.avg_pool2d if len(shape) == 2 else functional.avg_pool3d
+    for _ in range(3):
+        field = blur(field, 7, stride=1, padding=3)
+    truth = (field > 0).squeeze(1).long()
+    return truth[:, None] + 0.7 * torch.randn(field.shape, generator=generator, device=CUDA), truth
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2-D", "3-D"])
+def trained(request):
+    """A network after seconds of training: its classes mean something."""
+    torch.manual_seed(0)
+    dims = request.param
+    net = UNet(UNetSpec.build(dims, out_channels=2, depth=2, width=16)).to(CUDA).train()
+    halo = footprint(net.spec).halo
+    side = footprint(net.spec).input_shape(footprint(net.spec).smallest_output((24,) * dims))
+    inner = tuple(slice(h, n - h) for h, n in zip(halo, side, strict=True))
+    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for step in range(150):
+        image, truth = blurred_balls(side, 4, step)
+        loss = functional.cross_entropy(net(image), truth[(slice(None), *inner)])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.3, "the network has not learned"
+    return net.cpu().eval()
+
+
+def batch_of(net, n, seed=1000):
+    mark = footprint(net.spec)
+    side = mark.input_shape(
+        mark.smallest_output((96 if net.spec.dims == 2 else 48,) * mark.spec.dims)
+    )
+    return blurred_balls(side, n, seed)[0]
+
+
+def on_device(net, engine, shape):
+    name, precision = engine
+    if name not in {spec.name for spec in candidates("cuda", precision)}:
+        pytest.skip(f"{name} is not installed")
+    spec = resolve_engine(name, precision, device="cuda")
+    return device_forward(net, spec, input_shape=shape, device=CUDA)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids="-".join)
+def test_every_engine_finds_the_classes_of_float32(engine, trained):
+    batch = batch_of(trained, 2)
+    truth = on_device(trained, ("torch", "fp32"), batch.shape)(batch)
+    found = on_device(trained, engine, batch.shape)(batch)
+    assert (found.dtype, found.device.type) == (torch.float32, "cuda")
+    assert (found - truth).abs().max() <= PROBABILITIES[engine[1]]
+    share = (found.argmax(1) != truth.argmax(1)).float().mean()
+    assert share <= CLASSES[engine[1]]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids="-".join)
+def test_a_batch_is_its_parts_within_rounding(engine, trained):
+    """So halving a batch where memory does not suffice changes no more than rounding.
+
+    cuDNN takes other kernels for other batches: in bf16 and fp16 bits differ (H100, cuDNN 9.19).
+    """
+    batch = batch_of(trained, 4)
+    whole = on_device(trained, engine, batch.shape)(batch)
+    for n in (1, 2):
+        alone = on_device(trained, engine, (n, *batch.shape[1:]))
+        parts = torch.cat([alone(batch[i : i + n]) for i in range(0, 4, n)])
+        assert (parts - whole).abs().max() <= PROBABILITIES[engine[1]]
+        share = (parts.argmax(1) != whole.argmax(1)).float().mean()
+        assert share <= CLASSES[engine[1]]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids="-".join)
+def test_an_engine_repeats_itself_and_is_the_same_when_built_again(engine, trained):
+    batch, other = batch_of(trained, 1), batch_of(trained, 1, seed=2000)
+    forward = on_device(trained, engine, batch.shape)
+    first = forward(batch)
+    copy = first.clone()
+    assert not torch.equal(forward(other), copy)
+    assert torch.equal(first, copy), "a later call wrote to an earlier result"
+    assert torch.equal(forward(batch), copy)
+    assert torch.equal(on_device(trained, engine, batch.shape)(batch), copy)
+
+
+def test_the_host_gets_the_bytes_of_the_device(trained):
+    batch = batch_of(trained, 1)
+    spec = resolve_engine("compiled", "bf16", device="cuda")
+    on_host = build_engine(trained, spec, input_shape=batch.shape, n_threads=1)
+    there = on_device(trained, ("compiled", "bf16"), batch.shape)(batch)
+    np.testing.assert_array_equal(on_host(batch.cpu().numpy()), there.cpu().numpy())
+
+
+def test_engines_are_timed_on_the_device(trained):
+    engines = candidates("cuda", "bf16")
+    shape = tuple(batch_of(trained, 1).shape)
+    timings = probe(trained, engines, input_shape=shape, n_threads=1)
+    assert [t.engine for t in timings] == list(engines)
+    assert all(t.largest_difference <= PROBABILITIES["bf16"] for t in timings)
+    chosen, sentence = choose(timings, default=engines[0])
+    assert chosen.engine.name in sentence

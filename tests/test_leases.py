@@ -1,72 +1,259 @@
 """Every block is handed out until it is done, and only a guilty one is set aside."""
 
+import itertools
 import random
+import tracemalloc
+from collections import Counter
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigseg.leases import Lease, LeaseBook
+from bigseg.leases import WIDEST_STEP, Lease, LeaseBook
+
+flags = st.lists(st.booleans(), max_size=80).map(lambda bits: np.array(bits, np.bool_))
 
 
-def run(n_blocks, n_workers, *, kills=(), fails=(), seed=0):
-    """A pool of pretended workers: blocks in `kills` kill theirs, those in `fails` raise."""
-    rng = random.Random(seed)
-    book = LeaseBook.of(range(n_blocks), n_blocks, n_workers=n_workers)
-    flying = {worker: [] for worker in range(n_workers)}
-    done, aside = [], []
-    for _ in range(100 * n_blocks + 100):
-        for leases in flying.values():
-            while len(leases) < 2 and not (leases and leases[0].alone):
-                lease = book.next(idle=not leases)
-                if lease is None:
-                    break
-                leases.append(lease)
-        busy = [w for w, leases in flying.items() if leases]
-        if not busy:
-            return done, aside
-        worker = rng.choice(busy)
-        lease = flying[worker][0]
-        if any(b in kills for b in lease.blocks):
-            aside += book.died(lease, flying[worker][1:])
-            flying[worker] = []
-            continue
-        flying[worker].pop(0)
+def book_of(n_blocks, n_workers, **options):
+    return LeaseBook(np.ones(n_blocks, np.bool_), n_workers, **options)
+
+
+class Pool:
+    """Pretended workers with two leases in flight: some blocks kill theirs, others raise."""
+
+    def __init__(self, book, workers, *, kills=(), fails=(), death_rate=0.0, seed=0):
+        self.book = book
+        self.kills, self.fails, self.death_rate = kills, fails, death_rate
+        self.rng = random.Random(seed)
+        self.flying = {worker: [] for worker in workers}
+        self.done, self.aside = [], []
+        self.charges = Counter()
+
+    def run(self, *, most_steps=20_000):
+        """Go on until no block waits or flies."""
+        for _ in range(most_steps):
+            # Workers ask in any order.
+            for worker in self.rng.sample(list(self.flying), len(self.flying)):
+                self.feed(worker)
+            busy = [worker for worker, leases in self.flying.items() if leases]
+            if not busy:
+                assert self.book.is_empty()
+                return
+            self.step(self.rng.choice(busy))
+        raise AssertionError("the pool never came to an end")
+
+    def feed(self, worker):
+        leases = self.flying[worker]
+        while len(leases) < 2 and not any(lease.alone for lease in leases):
+            lease = self.book.next(worker, idle=not leases)
+            if lease is None:
+                return
+            assert lease.blocks
+            leases.append(lease)
+
+    def step(self, worker):
+        leases = self.flying[worker]
+        # The second lease is read while the first is computed: either can kill.
+        within_reach = leases[: self.rng.choice([1, 2])]
+        guilty = any(b in self.kills for lease in within_reach for b in lease.blocks)
+        if guilty or self.rng.random() < self.death_rate:
+            self.die(worker)
+        else:
+            self.finish(worker)
+
+    def die(self, worker):
+        leases, self.flying[worker] = self.flying[worker], []
+        in_flight = [block for lease in leases for block in lease.blocks]
+        if len(in_flight) == 1:
+            self.charges[in_flight[0]] += 1
+        self.aside += self.book.died(leases)
+
+    def finish(self, worker):
+        lease = self.flying[worker].pop(0)
         for block in lease.blocks:
-            if block not in fails:
-                done.append(block)
-            elif book.failed(block):
-                aside.append(block)
-        book.done(len(lease.blocks), 0.01 * len(lease.blocks))
-    raise AssertionError("the pool never came to an end")
+            if block not in self.fails:
+                self.done.append(block)
+                continue
+            self.charges[block] += 1
+            if self.book.failed(block):
+                self.aside.append(block)
+        self.book.done(len(lease.blocks), self.rng.choice([0.01, 0.5, 4.0]) * len(lease.blocks))
 
 
 @settings(max_examples=100, deadline=None)
+@given(flags, st.integers(1, 5), st.integers(0, 10))
+def test_every_pending_block_is_leased_exactly_once_when_nothing_fails(pending, n_workers, seed):
+    # One worker more than there are parts: it lives on what it steals.
+    pool = Pool(LeaseBook(pending, n_workers), range(n_workers + 1), seed=seed)
+    pool.run()
+    assert sorted(pool.done) == np.flatnonzero(pending).tolist()
+    assert pool.aside == []
+
+
+@settings(max_examples=150, deadline=None)
 @given(
-    st.integers(0, 60),
+    flags,
     st.integers(1, 4),
-    st.sets(st.integers(0, 59), max_size=4),
-    st.sets(st.integers(0, 59), max_size=4),
-    st.integers(0, 10),
+    st.sets(st.integers(0, 79), max_size=4),
+    st.sets(st.integers(0, 79), max_size=4),
+    st.integers(0, 1000),
 )
-def test_exactly_the_guilty_blocks_are_set_aside(n_blocks, n_workers, kills, fails, seed):
-    done, aside = run(n_blocks, n_workers, kills=kills, fails=fails - kills, seed=seed)
-    guilty = {b for b in kills | fails if b < n_blocks}
-    assert sorted(aside) == sorted(guilty)
-    assert set(done) == set(range(n_blocks)) - guilty
-    assert len(done) == len(set(done))
+def test_exactly_the_guilty_blocks_are_set_aside(pending, n_workers, kills, fails, seed):
+    book = LeaseBook(pending, n_workers)
+    pool = Pool(book, range(n_workers), kills=kills, fails=fails - kills, seed=seed)
+    pool.run()
+    waiting = set(np.flatnonzero(pending).tolist())
+    guilty = (kills | fails) & waiting
+    assert sorted(pool.aside) == sorted(guilty)
+    assert sorted(pool.done) == sorted(waiting - guilty)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    flags,
+    st.integers(1, 4),
+    st.sets(st.integers(0, 79), max_size=3),
+    st.floats(0, 0.5),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+)
+def test_whatever_dies_each_block_ends_done_or_with_all_its_tries_charged(
+    pending, n_workers, kills, death_rate, max_tries, seed
+):
+    book = LeaseBook(pending, n_workers, max_tries=max_tries)
+    pool = Pool(book, range(n_workers), kills=kills, death_rate=death_rate, seed=seed)
+    pool.run()
+    assert sorted(pool.done + pool.aside) == np.flatnonzero(pending).tolist()
+    assert all(pool.charges[block] == max_tries for block in pool.aside)
+    assert all(pool.charges[block] < max_tries for block in pool.done)
+
+
+@settings(max_examples=60, deadline=None)
+@given(flags, st.integers(2, 5), st.integers(0, 10), st.integers(0, 100))
+def test_the_others_do_the_part_of_a_worker_that_is_gone_for_good(pending, n_workers, n_asks, seed):
+    book = LeaseBook(pending, n_workers)
+    flying = [book.next(0, idle=True) for _ in range(n_asks)]
+    assert book.died([lease for lease in flying[-2:] if lease is not None]) == []
+    finished = {b for lease in flying[:-2] if lease is not None for b in lease.blocks}
+    pool = Pool(book, range(1, n_workers), seed=seed)
+    pool.run()
+    assert sorted([*pool.done, *finished]) == np.flatnonzero(pending).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(flags, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_each_worker_works_in_order_through_an_equal_part_of_its_own(pending, n_workers, rng):
+    waiting = np.flatnonzero(pending).tolist()
+    cuts = [k * len(waiting) // n_workers for k in range(n_workers + 1)]
+    parts = [waiting[a:b] for a, b in itertools.pairwise(cuts)]
+    book = LeaseBook(pending, n_workers)
+    got = [[] for _ in parts]
+    while unfinished := [w for w, part in enumerate(parts) if len(got[w]) < len(part)]:
+        worker = rng.choice(unfinished)
+        got[worker] += book.next(worker, idle=rng.random() < 0.5).blocks
+        book.done(1, rng.choice([0.01, 1.0, 5.0]))
+    assert got == parts
+    assert book.is_empty()
+
+
+@settings(max_examples=100, deadline=None)
+@given(flags, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_a_worker_without_a_part_steals_the_later_half_of_the_largest(pending, n_workers, rng):
+    waiting = np.flatnonzero(pending).tolist()
+    cuts = [k * len(waiting) // n_workers for k in range(n_workers + 1)]
+    parts = [waiting[a:b] for a, b in itertools.pairwise(cuts)]
+    book = LeaseBook(pending, n_workers)
+    while any(parts):
+        worker = rng.randrange(n_workers)
+        if not parts[worker]:
+            largest = max(parts, key=len)
+            half = len(largest) // 2
+            parts[worker] = largest[half:]
+            del largest[half:]
+        lease = book.next(worker, idle=True)
+        n = len(lease.blocks)
+        assert list(lease.blocks) == parts[worker][:n]
+        del parts[worker][:n]
+        book.done(1, rng.choice([0.01, 1.0, 5.0]))
+    assert all(book.next(worker, idle=True) is None for worker in range(n_workers))
+    assert book.is_empty()
+
+
+def test_a_worker_at_work_leaves_what_is_of_others_to_them():
+    book = book_of(4, 2)
+    assert book.next(0, idle=True) == Lease((0,))
+    assert book.next(0, idle=False) == Lease((1,))
+    assert book.next(0, idle=False) is None
+    assert book.next(1, idle=True) == Lease((2,))
+    assert book.next(0, idle=True) == Lease((3,))
 
 
 def test_leases_grow_with_the_pace_and_shrink_at_the_end():
-    book = LeaseBook.of(range(1000), 1000, n_workers=2)
-    assert book.next(idle=True) == Lease((0,))
+    book = book_of(1000, 2)
+    assert book.next(0, idle=True) == Lease((0,))
     book.done(1, 0.1)
-    assert len(book.next(idle=True).blocks) == 100
-    book.done(980, 98.0)
-    assert len(book.next(idle=True).blocks) == 2
+    assert book.next(0, idle=True) == Lease(tuple(range(1, 101)))
+    sizes = []
+    while (lease := book.next(1, idle=True)) is not None:
+        sizes.append(len(lease.blocks))
+    assert sizes[0] == 100
+    # Never more than a quarter of a worker's share of what waits: workers finish together.
+    assert all(n <= max(1, sum(sizes[i:]) // 8) for i, n in enumerate(sizes))
+    assert sizes[-1] == 1
+
+
+def test_no_lease_is_longer_than_the_longest():
+    book = book_of(100_000, 1, longest=256)
+    book.done(1, 0.0)
+    assert len(book.next(0, idle=True).blocks) == 256
 
 
 def test_a_suspect_goes_to_an_idle_worker_alone():
-    book = LeaseBook.of(range(2), 2, n_workers=1)
-    assert book.died(Lease((5, 6)), []) == []
-    assert book.next(idle=False) == Lease((0,))
-    assert book.next(idle=True) == Lease((5,), alone=True)
+    book = book_of(8, 1)
+    assert book.died([Lease((5, 6))]) == []
+    assert book.next(0, idle=False) == Lease((0,))
+    assert book.next(0, idle=True) == Lease((5,), alone=True)
+
+
+def test_all_that_a_dead_worker_had_in_flight_is_suspect():
+    book = book_of(0, 1, max_tries=1)
+    assert book.died([Lease((3,)), Lease((4,))]) == []
+    assert not book.is_empty()
+    assert book.next(0, idle=False) is None
+    tried = [book.next(0, idle=True) for _ in range(2)]
+    assert tried == [Lease((3,), alone=True), Lease((4,), alone=True)]
+    assert book.is_empty()
+    # Alone, it is the only one that can have done it.
+    assert book.died([tried[0]]) == [3]
+    assert book.is_empty()
+
+
+def test_a_worker_that_dies_with_nothing_in_flight_blames_no_block():
+    book = book_of(0, 1, max_tries=1)
+    assert book.died([]) == []
+    assert book.is_empty()
+
+
+@pytest.mark.parametrize("gap", [1, 63, 64, WIDEST_STEP - 1, WIDEST_STEP, 3 * WIDEST_STEP + 7])
+def test_blocks_that_are_done_are_passed_over_however_many_they_are(gap):
+    pending = np.zeros(4 * gap + 3, np.bool_)
+    wanted = [gap, gap + 1, 2 * gap + 1, len(pending) - 1]
+    pending[wanted] = True
+    pool = Pool(LeaseBook(pending, 2), [0, 1])
+    pool.run()
+    assert sorted(pool.done) == sorted(set(wanted))
+
+
+def test_a_book_of_many_blocks_needs_little_memory():
+    pending = np.ones(8_000_000, np.bool_)
+    tracemalloc.start()
+    try:
+        book = LeaseBook(pending, 7)
+        book.done(1, 0.0)
+        for worker in itertools.islice(itertools.cycle(range(9)), 500):
+            book.next(worker, idle=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000

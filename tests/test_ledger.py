@@ -1,5 +1,9 @@
 """What is marked stays marked, and nothing is taken for done that is not."""
 
+import tracemalloc
+import zlib
+
+import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 
 from bigseg import ledger as room
 from bigseg.errors import OutputError
-from bigseg.ledger import FLUSH_EVERY_S, MARKS_PER_CHUNK, Ledger
+from bigseg.ledger import EMPTY_MARK, FLUSH_EVERY_S, MARKS_PER_CHUNK, Ledger, checksum_of
 
 PLAN = {"tile": [1, 8, 8, 8], "engine": {"name": "torch"}, "scale": 0.1}
 
@@ -33,12 +37,12 @@ def left(ledger, stage="predict"):
 
 def test_a_ledger_that_is_reopened_has_the_plan_and_the_marks(url):
     ledger = Ledger.create(url, PLAN, {"predict": 10, "pyramid-1": 3})
-    ledger.mark("predict", 4, 0xFFFFFFFF)
+    ledger.mark("predict", 4, 0xFFFFFFFE)
     ledger.mark("pyramid-1", 0, 7)
     ledger.flush()
     again = Ledger.open(url)
     assert again.plan == PLAN
-    assert again.checksum("predict", 4) == 0xFFFFFFFF
+    assert again.checksum("predict", 4) == 0xFFFFFFFE
     assert (again.n_done("predict"), again.n_done("pyramid-1")) == (1, 1)
     assert left(again) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert left(again, "pyramid-1") == [1, 2]
@@ -58,6 +62,7 @@ def test_what_is_left_is_what_is_not_marked(tmp_path_factory, n, data):
             ledger.flush()
             each = Ledger.open(url)
         assert left(each) == sorted(set(range(n)) - done)
+        assert each.pending("predict").tolist() == [block not in done for block in range(n)]
         assert each.n_done("predict") == len(done)
 
 
@@ -92,10 +97,59 @@ def test_only_chunks_of_marks_that_changed_are_written(url, tmp_path):
 
 def test_what_is_left_is_a_snapshot(url):
     ledger = Ledger.create(url, PLAN, {"predict": 6})
-    snapshot = ledger.left("predict")
+    snapshot, pending = ledger.left("predict"), ledger.pending("predict")
     for block in range(6):
         ledger.mark("predict", block, 1)
     assert list(snapshot) == list(range(6))
+    assert pending.dtype == np.bool_
+    assert pending.all()
+    pending[:] = True
+    assert ledger.n_done("predict") == 6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from([None, "written", "empty"]), max_size=40))
+def test_empty_blocks_are_done_and_counted_by_themselves(tmp_path_factory, states):
+    url = str(tmp_path_factory.mktemp("l") / "ledger")
+    ledger = Ledger.create(url, PLAN, {"predict": len(states)})
+    for block, state in enumerate(states):
+        if state is not None:
+            ledger.mark("predict", block, EMPTY_MARK if state == "empty" else EMPTY_MARK - 1)
+    ledger.flush()
+    for each in (ledger, Ledger.open(url)):
+        assert each.n_empty("predict") == states.count("empty")
+        assert each.n_done("predict") == len(states) - states.count(None)
+        assert left(each) == [i for i, state in enumerate(states) if state is None]
+
+
+def ending_with_crc(start, wanted):
+    """`start` and the four bytes after which its CRC-32 is `wanted`, by running the sum backwards.
+
+    The eight top bytes of the table's entries differ, so each names the entry that was used.
+    """
+    table = [zlib.crc32(bytes([i]), 0xFFFFFFFF) ^ 0xFFFFFFFF for i in range(256)]
+    entry_of = {entry >> 24: i for i, entry in enumerate(table)}
+    register = wanted ^ 0xFFFFFFFF
+    for _ in range(4):
+        i = entry_of[register >> 24]
+        register = ((register ^ table[i]) << 8 & 0xFFFFFFFF) | i
+    last = register ^ zlib.crc32(start) ^ 0xFFFFFFFF
+    return start + last.to_bytes(4, "little")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=40))
+def test_no_bytes_have_the_checksum_of_a_block_not_done_or_empty(start):
+    for wanted, mark in ((0, 1), (EMPTY_MARK, EMPTY_MARK - 1), (1, 1), (77, 77)):
+        data = ending_with_crc(start, wanted)
+        assert zlib.crc32(data) == wanted
+        assert checksum_of(data) == checksum_of(memoryview(data)) == mark
+
+
+def test_the_checksum_of_an_array_is_that_of_its_bytes():
+    data = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
+    assert checksum_of(data.data) == zlib.crc32(data.tobytes())
+    assert checksum_of(b"") == 1
 
 
 def test_there_is_no_ledger_where_there_is_nothing_or_no_plan(url, tmp_path):
@@ -187,3 +241,19 @@ def test_a_ledger_of_many_blocks_needs_little_memory(url):
     ledger.flush()
     assert ledger.n_done("predict") == 1
     assert ledger._of("predict").nbytes == 4 * n
+
+
+def test_a_million_blocks_take_a_few_megabytes(url):
+    ledger = Ledger.create(url, PLAN, {"predict": 1_000_000})
+    tracemalloc.start()
+    try:
+        pending = ledger.pending("predict")
+        for block in range(0, 1_000_000, 1000):
+            ledger.mark("predict", block, EMPTY_MARK)
+        counts = (ledger.n_done("predict"), ledger.n_empty("predict"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert pending.nbytes == 1_000_000
+    assert counts == (1000, 1000)
+    assert peak < 12_000_000

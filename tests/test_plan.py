@@ -6,18 +6,20 @@ import tracemalloc
 
 import pytest
 import zarr
-from helpers import assert_writable, config_of, noise, write_image, write_model
+from helpers import RESOURCES, assert_writable, config_of, noise, write_image, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr_images import metadata
 
 from bigseg import plan as room
+from bigseg import planner
 from bigseg.blocks import Region
 from bigseg.config import NormConstants, NormRule, UNetSpec
 from bigseg.engine import EngineSpec
 from bigseg.errors import InputError, UsageError
 from bigseg.model import footprint
-from bigseg.plan import Plan, make_plan
+from bigseg.plan import Plan
+from bigseg.planner import make_plan
 from bigseg.segment import prepare
 from bigseg.stages import stage_grids
 from bigseg.volume import open_volume
@@ -45,7 +47,7 @@ def empty_image(path, shape, *, dims="zyx", chunks=None, scales=None, version="0
 
 
 def plan_of(image, model, out="out.zarr", **options):
-    return make_plan(config_of(image, model, out, **options), device="cpu")
+    return make_plan(config_of(image, model, out, **options), RESOURCES)
 
 
 @pytest.fixture
@@ -90,9 +92,10 @@ def test_cores_are_whole_tiles_and_whole_write_units_of_every_level(
 ):
     spec, shape, tile, block, region = layout
     # With few chunks allowed the output is sharded; small blocks make several of them.
-    monkeypatch.setattr(room, "MANY_CHUNKS", many_chunks)
+    monkeypatch.setattr(planner, "MANY_CHUNKS", many_chunks)
     monkeypatch.setattr(room, "BLOCK_BYTES", 1 << 13)
-    monkeypatch.setattr(room, "CHUNK_SIDE", {2: 16, 3: 8})
+    monkeypatch.setattr(planner, "BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr(planner, "CHUNK_SIDE", {2: 16, 3: 8})
     folder = tmp_path_factory.mktemp("plan")
     scales = [(1.0, 1.0, 1.0), (1.0, 2.0, 2.0), (2.0, 4.0, 4.0)]
     image = empty_image(folder / "i.zarr", shape, scales=scales)
@@ -100,7 +103,7 @@ def test_cores_are_whole_tiles_and_whole_write_units_of_every_level(
     config = config_of(
         image, model, folder / "o.zarr", tile=tile, block=block, region=region, output=kind
     )
-    plan, _ = prepare(config, device="cpu")
+    plan, _ = prepare(config, RESOURCES)
     grids = stage_grids(plan)
     output = open_volume(plan.output.url)
     for level, grid in enumerate(grids.values()):
@@ -122,11 +125,11 @@ def test_cores_are_whole_tiles_and_whole_write_units_of_every_level(
     "shape", [(131, 700, 1301), (1, 3000, 3000), (997, 997, 997), (20_000, 17, 33)]
 )
 def test_no_chunk_is_tiny_and_no_block_is_huge(spec, shape, many_chunks, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "MANY_CHUNKS", many_chunks)
+    monkeypatch.setattr(planner, "MANY_CHUNKS", many_chunks)
     image = empty_image(tmp_path / "i.zarr", shape)
     _, model = write_model(tmp_path / "m.safetensors", spec)
     plan = plan_of(image, model, output="labels", out=str(tmp_path / "o.zarr"))
-    wanted = room.CHUNK_SIDE[spec.dims]
+    wanted = planner.CHUNK_SIDE[spec.dims]
     for n, c, t in zip(shape, plan.output.chunk[1:], plan.tile[1:], strict=True):
         assert c >= min(n, t, wanted / 2)
         assert c <= 1.5 * wanted
@@ -144,13 +147,13 @@ def test_the_tile_does_not_depend_on_the_region_or_the_block(image, model):
 def test_a_huge_volume_is_planned_in_no_time_and_memory(spec, tmp_path):
     image = empty_image(tmp_path / "huge.zarr", (20_000,) * 3, chunks=(64,) * 3)
     _, model = write_model(tmp_path / "m.safetensors", spec)
-    make_plan(config_of(image, model, tmp_path / "o.zarr"), device="cpu")
+    make_plan(config_of(image, model, tmp_path / "o.zarr"), RESOURCES)
     tracemalloc.start()
     started = time.process_time()
     config = config_of(image, model, tmp_path / "o.zarr", output="labels")
-    plan, ledger = prepare(config, device="cpu")
+    plan, ledger = prepare(config, RESOURCES)
     n_blocks = sum(map(len, stage_grids(plan).values()))
-    assert next(ledger.left("predict")) == 0
+    assert ledger.pending("predict").all()
     seconds = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -286,7 +289,6 @@ def test_the_fingerprint_does_not_change_with_how_it_is_carried_out(image, model
     same = plan_of(
         image, model, workers=7, executor="ray", address="ray://x:1", overwrite=True, time=0
     )
-    assert same == base
     assert same.fingerprint == base.fingerprint
     assert base.differences(same) == []
 
@@ -326,5 +328,5 @@ def test_an_axis_within_one_tile_has_one_core_of_that_tile(tmp_path):
     image = write_image(tmp_path / "image.zarr", noise((150, 250, 250)), chunks=(64, 64, 64))
     spec = UNetSpec.build(3, out_channels=3, depth=2, width=8)
     _, model = write_model(tmp_path / "model.safetensors", spec)
-    plan = make_plan(config_of(image, model, tmp_path / "out.zarr"), device="cpu")
+    plan = make_plan(config_of(image, model, tmp_path / "out.zarr"), RESOURCES)
     assert plan.core == plan.tile

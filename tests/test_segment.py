@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from helpers import config_of, noise, write_image, write_model
+from helpers import RESOURCES, config_of, noise, write_image, write_model
 from zarr_images import write_image as write_version
 
 from bigseg import segment, stages
@@ -66,8 +66,10 @@ class Interrupted:
         self.after = after
         self.ran = []
 
-    def run(self, stage, blocks, n_blocks):
-        for report in self.inner.run(stage, blocks, n_blocks):
+    n_workers = 1
+
+    def run(self, stage, pending):
+        for report in self.inner.run(stage, pending):
             if len(self.ran) == self.after:
                 raise Killed
             self.ran.append((stage, report.block))
@@ -75,7 +77,7 @@ class Interrupted:
 
 
 def run_until_killed(config, after):
-    plan, ledger = prepare(config, device="cpu")
+    plan, ledger = prepare(config, RESOURCES)
     executor = Interrupted(plan, after)
     with contextlib.suppress(Killed):
         carry_out(plan, ledger, executor, NullProgress())

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_of, noise, write_image, write_model
+from helpers import RESOURCES, config_of, noise, write_image, write_model
 from zarr_images import pyramid_of, validate
 from zarr_images import write_image as write_version
 
-from bigseg import stages
 from bigseg.config import NormRule, UNetSpec
 from bigseg.errors import InputError
+from bigseg.ledger import checksum_of
 from bigseg.plan import PREDICT
+from bigseg.predictor import Encoding
 from bigseg.progress import NullProgress
 from bigseg.segment import prepare, segment_serially
 from bigseg.volume import open_volume
@@ -48,7 +49,7 @@ def levels_of(url):
 def test_labels_are_the_most_probable_class_and_the_first_of_equals(n_classes, dtype):
     # Few different values, so that ties are frequent.
     data = np.random.default_rng(3).integers(0, 4, (n_classes, 1, 3, 5, 7)).astype(np.float32)
-    found = stages._argmax(data, np.dtype(dtype))
+    found = Encoding(labels=True, dtype=np.dtype(dtype))(data)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, data.argmax(axis=0, keepdims=True))
 
@@ -181,9 +182,11 @@ def test_an_image_without_contrast_is_refused_before_anything_is_written(tmp_pat
 def test_every_mark_is_the_checksum_of_what_lies_on_disk(image, model):
     config = config_of(image, model, None, **OPTIONS)
     run(config)
-    plan, ledger = prepare(config, device="cpu")
+    plan, ledger = prepare(config, RESOURCES)
     output = open_volume(plan.output.url)
     for block in itertools.islice(plan.grid, 0, None, 5):
         stored = output.read(block.core)
-        assert ledger.checksum(PREDICT, block.index) == stages._checksum(stored)
+        assert ledger.checksum(PREDICT, block.index) == checksum_of(
+            np.ascontiguousarray(stored).data
+        )
     assert ledger.record["blocks"] == 14

@@ -1,5 +1,6 @@
 """Ray gives the bytes of the serial executor, and loses nothing when a worker is killed."""
 
+import dataclasses
 import os
 import signal
 
@@ -12,6 +13,7 @@ from bigseg import infer_actor
 from bigseg.cluster import connect
 from bigseg.config import UNetSpec
 from bigseg.progress import NullProgress
+from bigseg.reports import Spent
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
 
@@ -130,5 +132,6 @@ def test_a_block_that_always_kills_its_worker_is_set_aside_alone(tmp_path, monke
 def test_no_voxel_passes_through_the_driver():
     """What crosses Ray is block numbers and checksums: the reports have no arrays."""
     fields = infer_actor.BlockReport.__dataclass_fields__
-    assert set(fields) == {"block", "checksum", "error", "details"}
+    assert set(fields) == {"block", "checksum", "error", "details", "spent"}
+    assert {f.type for f in dataclasses.fields(Spent)} == {"int", "float"}
     assert ray.is_initialized()

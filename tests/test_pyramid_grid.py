@@ -1,74 +1,16 @@
-"""The tile that is taken, and the blocks of coarser levels that a region reaches."""
+"""The blocks of coarser levels that a region reaches."""
 
-import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
 from helpers import assert_writable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigseg import plan as room
-from bigseg.blocks import Region, round_up
-from bigseg.config import UNetSpec
-from bigseg.model import footprint
+from bigseg.blocks import Region
 from bigseg.plan import pyramid_grid
-from bigseg.predict import default_tile, forward_bytes, tile_geometry
 from bigseg.pyramid import level_rule, source_region
-
-TWO_D = UNetSpec.build(2, out_channels=2, depth=2, width=2)
-WIDE_3D = UNetSpec.build(3, out_channels=2, depth=3, width=16)
-WIDE_2D = UNetSpec.build(2, out_channels=2, depth=4, width=32)
-SHAPES = [
-    (1, 1, 1, 1),
-    (1, 1, 1000, 1000),
-    (3, 20_000, 1, 1),
-    (1, 20_000, 30, 30),
-    (1, 131, 4000, 4000),
-    (1, 200, 200, 200),
-    (1, 20_000, 20_000, 20_000),
-]
-ANISOTROPIC = UNetSpec.build(3, out_channels=2, depth=3, width=16, voxel_um=(4.0, 1.0, 1.0))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("spec", [WIDE_2D, WIDE_3D, ANISOTROPIC])
-def test_the_default_tile_fits_the_network_and_the_budget(shape, spec):
-    tile = default_tile(spec, shape)
-    geometry = tile_geometry(spec, tile)
-    assert forward_bytes(spec, geometry.output[-spec.dims :]) <= 2 << 30
-    for n, t, stride in zip(
-        shape[-spec.dims :], tile[-spec.dims :], footprint(spec).stride, strict=True
-    ):
-        assert t <= round_up(n, stride)
-
-
-def test_the_default_tile_computes_little_more_than_a_much_finer_search():
-    mark = footprint(WIDE_3D)
-    for shape in [(1, 300, 700, 700)]:
-
-        def cost(tile, shape=shape):
-            n_tiles = math.prod(-(-n // t) for n, t in zip(shape[1:], tile, strict=True))
-            return n_tiles * mark.flops(mark.smallest_output(tile))
-
-        def fits(tile):
-            return forward_bytes(WIDE_3D, mark.smallest_output(tile)) <= 2 << 30
-
-        sides = [range(64, min(n + 23, 256), 24) for n in shape[1:]]
-        truth = min(cost(tile) for tile in itertools.product(*sides) if fits(tile))
-        assert cost(default_tile(WIDE_3D, shape)[1:]) <= 1.1 * truth
-
-
-def test_a_network_too_large_for_the_budget_has_the_smallest_tile():
-    assert default_tile(WIDE_3D, (1, 500, 500, 500), budget_bytes=1) == (1, 8, 8, 8)
-
-
-def test_a_2d_network_takes_several_planes_at_once_where_there_are_any():
-    assert default_tile(TWO_D, (1, 50, 64, 64), n_planes=8) == (1, 8, 64, 64)
-    assert default_tile(TWO_D, (1, 3, 64, 64), n_planes=8) == (1, 3, 64, 64)
-
 
 UINT8 = np.dtype("uint8")
 

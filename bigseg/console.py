@@ -1,0 +1,215 @@
+"""What all commands share: how a command ends, where progress goes, how options are read.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 unexpected; 2 wrong
+usage; 3 the input cannot be used; 4 finished with blocks set aside; 5 resources; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bigseg.errors import BigsegError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bigseg.config import SegmentConfig
+
+
+class Command(click.Command):
+    """A command that ends with one sentence and an exit code where it cannot go on."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
+        """Run it; a traceback is shown with -v only."""
+        verbose = bool(ctx.params.pop("verbose", False)) or ctx.find_root().params["verbose"]
+        level = logging.INFO if verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+        try:
+            return super().invoke(ctx)
+        except BigsegError as error:
+            self._explain(str(error), verbose=verbose)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted: the same command goes on from here", err=True)
+            sys.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            self._explain(f"unexpected {type(error).__name__}: {error}", verbose=verbose)
+            sys.exit(1)
+
+    @staticmethod
+    def _explain(sentence: str, *, verbose: bool) -> None:
+        click.echo(f"error: {sentence}", err=True)
+        if verbose:
+            click.echo(traceback.format_exc(), err=True)
+
+
+class Group(click.Group):
+    """The commands in the order in which they are used."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in order of definition."""
+        del ctx
+        return list(self.commands)
+
+
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Say more, and show tracebacks."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def progress_bar() -> Any:  # noqa: ANN401 - a context manager that gives a Progress
+    """The display of progress on stderr."""
+    from bigseg.progress import make_progress
+
+    return make_progress(sys.stderr)
+
+
+def absolute(url: str) -> str:
+    """The location as every worker of a cluster reads it, whatever its working directory."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)
+
+
+def integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """The integers of an option such as `--tile 64,256,256`."""
+    return None if text is None else tuple(map(int, _parts(text, option, int)))
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of an option such as `--voxel-size 0.5,0.1,0.1`."""
+    return None if text is None else tuple(map(float, _parts(text, option, float)))
+
+
+def _parts(text: str, option: str, kind: type[int] | type[float]) -> Sequence[str]:
+    parts = text.split(",")
+    try:
+        for part in parts:
+            kind(part)
+    except ValueError:
+        raise UsageError(
+            f"{option} {text!r}: give numbers separated by commas, one for each axis"
+        ) from None
+    return parts
+
+
+# The settings of SegmentConfig, the same for every command that makes a plan.
+_SEGMENT_OPTIONS = (
+    click.argument("image"),
+    click.option(
+        "--model", required=True, metavar="FILE", help="A model that `bigseg train` made."
+    ),
+    click.option("--name", default="bigseg", show_default=True, help="Name of the labels."),
+    click.option("--out", metavar="OUT.zarr", help="A store of its own instead of IMAGE/labels."),
+    click.option(
+        "--output",
+        type=click.Choice(["labels", "probabilities"]),
+        default="labels",
+        show_default=True,
+    ),
+    click.option(
+        "--prob-dtype",
+        type=click.Choice(["uint8", "float16", "float32"]),
+        default="uint8",
+        show_default=True,
+    ),
+    click.option(
+        "--level",
+        type=click.IntRange(min=0),
+        help="Pyramid level; default: the nearest to the model's voxel size.",
+    ),
+    click.option("--channel", type=click.IntRange(min=0), multiple=True, help="May be repeated."),
+    click.option("--time", type=click.IntRange(min=0), help="Time point; all by default."),
+    click.option(
+        "--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Background outside; context is read."
+    ),
+    click.option("--block", metavar="Z,Y,X", help="Core of a block, rounded up to whole tiles."),
+    click.option(
+        "--tile", metavar="Z,Y,X", help="One forward pass; default: the best for --memory."
+    ),
+    click.option("--workers", type=click.IntRange(min=1)),
+    click.option(
+        "--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True
+    ),
+    click.option(
+        "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "torch", "compiled", "openvino", "tensorrt"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option(
+        "--norm",
+        type=click.Choice(["volume", "model"]),
+        default="volume",
+        show_default=True,
+        help="Constants: this volume's or the training's.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Of one worker, such as 6GiB; default: its share of the machine.",
+    ),
+    click.option(
+        "--mask",
+        metavar="IMAGE",
+        help="Label or binary image of any resolution; background where it is 0.",
+    ),
+    click.option(
+        "--skip-below",
+        type=float,
+        metavar="VALUE",
+        help="Background where the intensity on --skip-level is below.",
+    ),
+    click.option("--skip-level", type=click.IntRange(min=0), help="Default: the coarsest level."),
+    click.option(
+        "--transform",
+        metavar="FILE.py:FUNCTION",
+        help="From Dask array to Dask array, before the network.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace a result that bigseg made."),
+)
+
+
+def segment_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the image and all options of `segment`."""
+    for option in reversed(_SEGMENT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def segment_config(options: dict[str, Any]) -> SegmentConfig:
+    """The settings that `segment_options` were given."""
+    from bigseg.config import SegmentConfig, parse_settings
+    from bigseg.units import parse_bytes
+
+    values = {
+        **options,
+        "image": absolute(options["image"]),
+        "model": absolute(options["model"]),
+        "out": absolute(options["out"]) if options["out"] else None,
+        "mask": absolute(options["mask"]) if options["mask"] else None,
+        "channels": options["channel"] or None,
+        "block": integers(options["block"], "--block"),
+        "tile": integers(options["tile"], "--tile"),
+        "memory": parse_bytes(options["memory"]) if options["memory"] else None,
+    }
+    del values["channel"]
+    return parse_settings(SegmentConfig, values, source="options")
