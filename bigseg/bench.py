@@ -128,7 +128,7 @@ class Bench:
 
 
 def run_bench(config: SegmentConfig, *, n_blocks: int, progress: Progress) -> Bench:
-    """Measure the engines on a tile, then segment blocks in the middle of the volume.
+    """Measure the engines (or the one asked for) on a tile, then segment blocks in the middle.
 
     They are written into a temporary place (a local one, or `config.out`), which is removed.
 
@@ -140,9 +140,9 @@ def run_bench(config: SegmentConfig, *, n_blocks: int, progress: Progress) -> Be
     with _scratch(config) as url, _place(config, ask_cluster=True) as place:
         elsewhere = config.model_copy(update={"out": url, "overwrite": False})
         plan = make_plan(elsewhere, place.resources, transform=transform)
-        trial = place.try_engines(plan)
-        chosen = plan.engine if config.engine != "auto" else trial.engine
-        engine = {"engine": chosen.name, "precision": chosen.precision}
+        only = () if config.engine == "auto" else (plan.engine,)
+        trial = place.try_engines(plan, only=only)
+        engine = {"engine": trial.engine.name, "precision": trial.engine.precision}
         plan, _ = prepare(elsewhere.model_copy(update=engine), place.resources, transform=transform)
         tile_s = place.time_tile(plan)
         pending = _middle(len(plan.grid), n_blocks)
