@@ -133,15 +133,6 @@ class Ledger:
         pending: NDArray[np.bool_] = self._of(stage) == NOT_DONE
         return pending
 
-    def left(self, stage: str) -> Iterator[int]:
-        """The blocks of a stage that are not done, in order; a snapshot of this moment."""
-        pending = self.pending(stage)
-        return (
-            first + block
-            for first in range(0, len(pending), MARKS_PER_CHUNK)
-            for block in np.flatnonzero(pending[first : first + MARKS_PER_CHUNK]).tolist()
-        )
-
     def n_done(self, stage: str) -> int:
         """Number of finished blocks of a stage, those of which nothing was written among them."""
         return int(np.count_nonzero(self._of(stage)))

@@ -49,7 +49,8 @@ class Spent:
             "blocks": self.idle_s,
         }
         worst = max(waits, key=lambda name: waits[name])
-        if waits[worst] < 0.05 * self.wall_s:
+        # A GPU computes on while its thread waits for what it has begun.
+        if waits[worst] < 0.05 * self.wall_s or self.busy_s > 0.95 * self.wall_s:
             return busy
         return f"{busy}, waits for {worst}"
 

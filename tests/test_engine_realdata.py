@@ -30,7 +30,7 @@ pytestmark = [
 # can join two objects, and there are few).
 CLASSES = {"fp32": 1e-5, "bf16": 1e-3}
 PROBABILITIES = {"fp32": 1e-4, "bf16": 0.05}
-SCORES = {"fp32": 0.002, "bf16": 0.005}
+SCORES = {"fp32": 0.002, "bf16": 0.002}
 ERODED_VOX = 4
 
 
