@@ -154,12 +154,17 @@ class CudaPredictor:
         """Begin the copy of a grown region to the device."""
         raw = raw if raw.dtype == self._raw_dtype else raw.astype(self._raw_dtype)
         slot = self._inputs.get()
-        host, device = slot.views(raw.shape, self._raw_dtype)
-        host.numpy()[...] = raw
-        ready = _event()
-        with torch.cuda.stream(self._in):
-            device.copy_(host, non_blocking=True)
-            ready.record(self._in)
+        try:
+            host, device = slot.views(raw.shape, self._raw_dtype)
+            host.numpy()[...] = raw
+            ready = _event()
+            with torch.cuda.stream(self._in):
+                device.copy_(host, non_blocking=True)
+                ready.record(self._in)
+        except BaseException:
+            # A slot that is not given back is waited for by a later block, for ever.
+            self._inputs.put(slot)
+            raise
         return _Loaded(slot, device, ready)
 
     def start(self, core: Region, loaded: _Loaded, keep: NDArray[np.bool_] | bool) -> _Started:
@@ -168,19 +173,20 @@ class CudaPredictor:
         try:
             return self._start(core, loaded, keep, slot)
         except BaseException:
-            self._compute.synchronize()
             self._inputs.put(loaded.slot)
             self._outputs.put(slot)
             raise
 
     def finish(self, started: _Started) -> NDArray[Any]:
         """Wait for the core and take it."""
-        started.done.synchronize()
-        with self._lock:
-            self._busy_s += started.began.elapsed_time(started.computed) / 1e3
-        result: NDArray[Any] = started.result.numpy().copy()
-        self._inputs.put(started.loaded.slot)
-        self._outputs.put(started.slot)
+        try:
+            started.done.synchronize()
+            with self._lock:
+                self._busy_s += started.began.elapsed_time(started.computed) / 1e3
+            result: NDArray[Any] = started.result.numpy().copy()
+        finally:
+            self._inputs.put(started.loaded.slot)
+            self._outputs.put(started.slot)
         return result
 
     def _start(
