@@ -13,14 +13,14 @@ import numpy as np
 
 from bigseg import store
 from bigseg.checkpoint import read_card
-from bigseg.errors import IncompleteError, OutputError
+from bigseg.errors import IncompleteError, InputError, OutputError
 from bigseg.forecast import Forecast, count_tiles, make_forecast
 from bigseg.infer_actor import on_ray
-from bigseg.ledger import Ledger
+from bigseg.ledger import EMPTY_MARK, Ledger
 from bigseg.plan import PREDICT, Plan
 from bigseg.planner import locate_output, make_plan
 from bigseg.reports import Spent
-from bigseg.segment import Here, begun_plan, prepare, with_engine
+from bigseg.segment import Here, begun_plan, check_same, prepare, with_engine
 from bigseg.transform import load_transform
 from bigseg.trial import is_worth_trying
 
@@ -50,6 +50,8 @@ def foresee(config: SegmentConfig) -> Forecast:
         ledger = None if config.overwrite else Ledger.open(store.join(url, "ledger"))
         begun = begun_plan(ledger, url) if ledger else None
         plan = make_plan(config, place.resources, transform=transform, begun=begun)
+        if begun is not None:
+            check_same(begun, plan, url)
         if begun is None and config.engine == "auto" and is_worth_trying(plan):
             trial = place.try_engines(plan)
             plan = with_engine(plan, trial)
@@ -83,7 +85,7 @@ class Bench:
     @property
     def ideal_s(self) -> float:
         """Raw forward time of the tiles that were computed, on all workers."""
-        return self.n_tiles * self.tile_s / self.n_workers
+        return self.n_tiles * self.tile_s / min(self.n_workers, self.n_blocks)
 
     @property
     def efficiency(self) -> float:
@@ -153,9 +155,14 @@ def run_bench(config: SegmentConfig, *, n_blocks: int, progress: Progress) -> Be
             _carry_out(executor, plan, warm, progress)
             start_s = time.perf_counter() - started
             started = time.perf_counter()
-            spent = _carry_out(executor, plan, pending, progress)
+            spent, computed = _carry_out(executor, plan, pending, progress)
             wall_s = time.perf_counter() - started
-        cores = [plan.grid[int(i)].core.intersect(plan.region) for i in np.flatnonzero(pending)]
+        cores = [plan.grid[i].core.intersect(plan.region) for i in computed]
+        if not cores:
+            raise InputError(
+                "all blocks that were tried are empty space: choose another --region, or look at "
+                "--mask and --skip-below"
+            )
         return Bench(
             plan=plan,
             timings=trial.timings,
@@ -172,17 +179,20 @@ def run_bench(config: SegmentConfig, *, n_blocks: int, progress: Progress) -> Be
 
 def _carry_out(
     executor: Executor, plan: Plan, pending: NDArray[np.bool_], progress: Progress
-) -> Spent:
-    spent = Spent()
+) -> tuple[Spent, list[int]]:
+    """What was spent, and the blocks that were computed: not those that were skipped."""
+    spent, computed = Spent(), []
     n_blocks = int(np.count_nonzero(pending))
     with progress.task("bench", total=n_blocks, unit="blocks") as task:
         for report in executor.run(PREDICT, pending):
             if report.error is not None:
                 raise IncompleteError(f"a block could not be segmented: {report.error}")
             spent += report.spent or Spent()
+            if report.checksum != EMPTY_MARK:
+                computed.append(report.block)
             voxels = plan.grid[report.block].core.intersect(plan.region).n_voxels
             task.advance(1, voxels=voxels, note=spent.as_text())
-    return spent
+    return spent, computed
 
 
 def _middle(n: int, n_wanted: int) -> NDArray[np.bool_]:

@@ -33,6 +33,10 @@ _ENVIRONMENT = {
 }
 
 
+# Where a cluster does not say.
+UNKNOWN_MEMORY = 8 << 30
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What there is to work with: for each node its processors and GPUs.
@@ -59,14 +63,18 @@ class Cluster:
 
         A worker for each GPU, or where there is none as many as suit the processors.
         """
-        counts = [gpus if self.n_gpus else default_workers(cpus) for cpus, gpus in self.nodes]
-        shares = [m // n for m, n in zip(self.memory, counts, strict=True) if n]
+        # A head that is told to compute nothing has no processors.
+        counts = [
+            gpus if self.n_gpus else default_workers(cpus) if cpus else 0
+            for cpus, gpus in self.nodes
+        ]
+        shares = [m // n for m, n in zip(self.memory, counts, strict=True) if n and m]
         n_workers = max(1, sum(counts))
         return Resources(
             device="cuda" if self.n_gpus else "cpu",
             n_workers=n_workers,
             n_threads=self.cpus_a_worker(n_workers),
-            memory_bytes=min(shares),
+            memory_bytes=min(shares, default=UNKNOWN_MEMORY),
             device_bytes=device_bytes,
         )
 

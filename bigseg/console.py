@@ -36,7 +36,12 @@ class Command(click.Command):
             self._explain(str(error), verbose=verbose)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted: the same command goes on from here", err=True)
+            way_on = ": the same command goes on from here"
+            if ctx.params.get("overwrite"):
+                way_on = ": the same command without --overwrite goes on from here"
+            if self.name not in ("train", "segment"):
+                way_on = ""
+            click.echo(f"interrupted{way_on}", err=True)
             sys.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

@@ -87,17 +87,28 @@ class MemoryModel:
         written = (depth.behind + 1) * core * self.out_voxel_bytes
         return read + written + 4 * self.spec.out_channels * core
 
+    def is_countable(self, output: Sequence[Size]) -> Size:
+        """Whether the largest tensor of a plane or volume counts in 32 bits."""
+        one = output[-self.spec.dims :]
+        return self._grown(one) * self.spec.widths[0] <= MOST_ELEMENTS
+
+    def slots(self, output: Sequence[Size]) -> Size:
+        """The buffers of the blocks on their way to and from a GPU, there and pinned here."""
+        n = DEPTH[self.device].ahead + 1 + DEPTH[self.device].behind
+        read = self.in_voxel_bytes * self._grown(output)
+        return n * (read + self.out_voxel_bytes * _product(output))
+
     def needs(self, output: Sequence[Size]) -> Size:
         """Main memory of a worker with tiles that compute `output`, without decoded chunks."""
-        own = 0 if self.device == "cuda" else self.network(output)
+        own = self.slots(output) if self.device == "cuda" else self.network(output)
         return PROCESS_BYTES[self.device] + SLACK["cpu"] * (own + self.blocks(output))
 
     def fits(self, output: Sequence[Size]) -> Size:
         """Whether a worker has the memory for tiles that compute `output`."""
-        fitting = self._grown(output) * self.spec.widths[0] <= MOST_ELEMENTS
+        fitting = self.is_countable(output)
         if self.device == "cuda":
             assert self.device_bytes is not None
-            on_device = SLACK["cuda"] * self.network(output)
+            on_device = SLACK["cuda"] * self.network(output) + self.slots(output)
             fitting = fitting & (on_device <= self.device_bytes - (1 << 30))
         return fitting & (self.needs(output) + self.cache_bytes <= self.memory_bytes)
 

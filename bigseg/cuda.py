@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from bigseg.blocks import Region
-from bigseg.engine import device_forward
+from bigseg.engine import check_engine, device_forward
 from bigseg.errors import ResourceError
 from bigseg.predict import kept_tiles
 
@@ -116,6 +116,7 @@ class CudaPredictor:
         raw_dtype: np.dtype[Any],
         n_slots: int,
     ) -> None:
+        check_engine(engine)
         self._device = torch.device("cuda")
         self._geometry, self._encoding = geometry, encoding
         self._n_classes = net.spec.out_channels
@@ -135,14 +136,20 @@ class CudaPredictor:
         grown = geometry.grown(Region.of_shape(core))
         n_in = net.spec.in_channels * grown.n_voxels * self._raw_dtype.itemsize
         n_out = encoding.n_channels(self._n_classes) * math.prod(core) * encoding.dtype.itemsize
-        self._inputs, self._outputs = (
-            _slots(n_in, n_slots, self._device),
-            _slots(n_out, n_slots, self._device),
-        )
         self._in, self._compute, self._out = (_stream() for _ in range(3))
         self._lock = threading.Lock()
         self._busy_s = 0.0
-        self._try(shape)
+        try:
+            self._inputs = _slots(n_in, n_slots, self._device)
+            self._outputs = _slots(n_out, n_slots, self._device)
+            self._warm_up(shape)
+        except torch.OutOfMemoryError:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+            raise ResourceError(
+                f"a tile of {geometry.tile[1:]} voxels and {n_slots} blocks of {tuple(core[1:])} "
+                f"do not fit the GPU, which has {free:.1f} of {total:.1f} GiB free: use a smaller "
+                "--tile or --block, or end what else runs on it"
+            ) from None
 
     @property
     def busy_s(self) -> float:
@@ -247,23 +254,11 @@ class CudaPredictor:
             best = torch.maximum(best, challenger)
         return labels.to(dtype)[None]
 
-    def _try(self, shape: Sequence[int]) -> None:
-        """One forward pass, so that what does not fit or must be compiled shows before any block.
-
-        Raises:
-            ResourceError: the memory of the GPU does not hold one tile.
-        """
-        try:
-            with torch.inference_mode():
-                self._forward(torch.zeros(tuple(shape), device=self._device))
-            torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
-            raise ResourceError(
-                f"one tile of {self._geometry.tile[1:]} voxels does not fit the GPU, which has "
-                f"{free:.1f} of {total:.1f} GiB free: use a smaller --tile, or end what else runs "
-                "on it"
-            ) from None
+    def _warm_up(self, shape: Sequence[int]) -> None:
+        """One forward pass: what does not fit or must be compiled shows before any block."""
+        with torch.inference_mode():
+            self._forward(torch.zeros(tuple(shape), device=self._device))
+        torch.cuda.synchronize()
 
 
 class _Halving:

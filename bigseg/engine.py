@@ -55,6 +55,7 @@ __all__ = [
     "best_precision",
     "build_engine",
     "candidates",
+    "check_engine",
     "device_forward",
     "pick_device",
     "resolve_engine",
@@ -132,16 +133,25 @@ def build_engine(
     Raises:
         ResourceError: this machine cannot run it: no GPU, another version, another processor.
     """
+    check_engine(spec)
+    if spec.name == "openvino":
+        return openvino_forward(net, spec, input_shape=input_shape, n_threads=n_threads)
+    device = pick_device(spec.device)
+    return from_host(device_forward(net, spec, input_shape=input_shape, device=device), device)
+
+
+def check_engine(spec: EngineSpec) -> None:
+    """Refuse to work with another engine than the plan's.
+
+    Raises:
+        ResourceError: this machine has another version, or another processor.
+    """
     here = resolve_engine(spec.name, spec.precision, device=spec.device)
     if here != spec:
         raise ResourceError(
             f"the plan asks for {spec}, this worker has {here}: results would differ in the last "
             "bits; run all workers in one environment on one kind of processor"
         )
-    if spec.name == "openvino":
-        return openvino_forward(net, spec, input_shape=input_shape, n_threads=n_threads)
-    device = pick_device(spec.device)
-    return from_host(device_forward(net, spec, input_shape=input_shape, device=device), device)
 
 
 def pick_device(device: Device | None = None) -> torch.device:
@@ -161,8 +171,12 @@ def best_precision(device: Device | torch.device) -> Precision:
     kind = device if isinstance(device, str) else device.type
     if kind == "cuda":
         # Ampere and later; a cluster's driver may have no GPU to ask.
-        return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if not torch.cuda.is_available() or _multiplies_in_bf16() else "fp32"
     return "bf16" if {"amx_bf16", "avx512_bf16"} & _cpu_flags() else "fp32"
+
+
+def _multiplies_in_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def available_cpus() -> int:

@@ -31,7 +31,7 @@ from bigseg.ledger import EMPTY_MARK
 from bigseg.machine import Workers
 from bigseg.plan import Plan
 from bigseg.reports import BlockReport
-from bigseg.segment import SegmentResult, segment_at
+from bigseg.segment import SegmentResult, own_resources, segment_at
 from bigseg.stages import Worker
 from bigseg.trial import Trial, time_tile, try_engines
 
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 LEASES_IN_FLIGHT = 2
 START_TIMEOUT_S = 180.0
+# Compiling a network for a trial takes a minute on few processors.
+TASK_TIMEOUT_S = 900.0
 
 
 class SegmentActor:
@@ -154,8 +156,9 @@ class RayExecutor:
             self._deaths_in_a_row = 0
             reports, seconds = answer
             member.flying.pop(0)
-            # Blocks that are skipped take no time, and say nothing of how long the others take.
-            book.done(sum(r.checksum != EMPTY_MARK for r in reports), seconds)
+            # Blocks that are skipped or fail say nothing of how long the others take.
+            n_computed = sum(r.error is None and r.checksum != EMPTY_MARK for r in reports)
+            book.done(n_computed, seconds)
             for report in reports:
                 if report.error is None or book.failed(report.block):
                     yield report
@@ -221,24 +224,31 @@ class OnRay:
     def __init__(self, cluster: Cluster, n_workers: int | None) -> None:
         self._cluster = cluster
         self._n_workers = n_workers
-        self.resources = cluster.resources(_device_bytes(cluster))
+        # A private Ray is this machine, whatever number of processors it was told for --workers.
+        self.resources = (
+            own_resources() if cluster.is_local else cluster.resources(_device_bytes(cluster))
+        )
 
     def try_engines(self, plan: Plan, *, only: tuple[EngineSpec, ...] = ()) -> Trial:
         """Time engines on a worker: this process may have another processor, and no GPU."""
-        trial: Trial = ray.get(self._send(try_engines, plan, only=only))
+        workers = Workers(1, self.resources.n_threads, 1.0 if self._on_gpus else 0.0)
+        trial: Trial = _results([_send(workers, try_engines, plan, only=only)])[0]
         return trial
 
     def time_tile(self, plan: Plan) -> float:
         """Mean seconds of the raw forward pass while all workers are at it."""
-        seconds = ray.get([self._send(time_tile, plan) for _ in range(self.workers(plan).n)])
-        return statistics.fmean(seconds)
+        workers = self.workers(plan)
+        return statistics.fmean(
+            _results([_send(workers, time_tile, plan) for _ in range(workers.n)])
+        )
 
     def workers(self, plan: Plan) -> Workers:
         """As many as were asked for, else as the cluster has places and the plan has blocks."""
         n_gpus = self._cluster.n_gpus
-        if n_gpus:
+        if self._on_gpus:
             n = self._n_workers or min(n_gpus, len(plan.grid))
-            return Workers(n, self._cluster.cpus_a_worker(n), min(1.0, n_gpus / n))
+            # As many to each GPU: 2/3 of one could be placed once on each, and leave the rest.
+            return Workers(n, self._cluster.cpus_a_worker(n), 1 / -(-n // n_gpus))
         n = self._n_workers or min(self.resources.n_workers, len(plan.grid))
         return Workers(n, self._cluster.cpus_a_worker(n))
 
@@ -246,13 +256,9 @@ class OnRay:
         """A pool of actors."""
         return RayExecutor(plan, self.workers(plan), transform=transform)
 
-    def _send(self, function: Callable[..., Any], plan: Plan, **options: Any) -> Any:  # noqa: ANN401
-        workers = self.workers(plan)
-        task = ray.remote(_in_worker).options(
-            num_cpus=workers.n_threads, num_gpus=workers.n_gpus, max_retries=0
-        )
-        values = plan.model_dump(mode="json")
-        return task.remote(function, values, workers.n_threads, options)
+    @property
+    def _on_gpus(self) -> bool:
+        return self.resources.device == "cuda"
 
 
 @contextmanager
@@ -284,10 +290,48 @@ def _in_worker(
     return function(Plan.model_validate(plan), n_threads, **options)
 
 
+def _send(workers: Workers, function: Callable[..., Any], plan: Plan, **options: Any) -> Any:  # noqa: ANN401
+    task = ray.remote(_in_worker).options(
+        num_cpus=workers.n_threads, num_gpus=workers.n_gpus, max_retries=0
+    )
+    return task.remote(function, plan.model_dump(mode="json"), workers.n_threads, options)
+
+
+def _results(references: list[Any]) -> list[Any]:
+    """What tasks give.
+
+    Raises:
+        ResourceError: they find no place, or die.
+        BigsegError: what they raise.
+    """
+    ready, waiting = ray.wait(references, num_returns=len(references), timeout=TASK_TIMEOUT_S)
+    if waiting:
+        raise ResourceError(
+            f"{len(waiting)} of {len(references)} tasks on the cluster did not end within "
+            f"{TASK_TIMEOUT_S:.0f} s: see with `ray status` whether others hold its processors "
+            "and GPUs"
+        )
+    try:
+        return [ray.get(reference) for reference in ready]
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, BigsegError):
+            raise cause from None
+        reason = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
+        raise ResourceError(
+            f"a worker of the cluster cannot work ({reason[0]}): check that its torch sees its GPU"
+        ) from error
+    except RayError as error:
+        reason = str(error).strip().splitlines()
+        raise ResourceError(
+            f"a worker of the cluster died: {reason[0]}; is there enough memory?"
+        ) from error
+
+
 def _device_bytes(cluster: Cluster) -> int | None:
     """Memory of a GPU of the cluster, asked of a worker: this process may have none."""
     if not cluster.n_gpus:
         return None
     asked = ray.remote(gpu_memory).options(num_gpus=1, max_retries=0)
-    n_bytes: int = ray.get(asked.remote())
+    n_bytes: int = _results([asked.remote()])[0]
     return n_bytes

@@ -143,7 +143,9 @@ class Pipeline(Generic[Item, Written]):
                     return
             try:
                 job.data.set_result(self._read(job.item))
-            except Exception as error:
+            except (
+                BaseException
+            ) as error:  # also what is no Exception: nobody else would hear of it
                 job.data.set_exception(error)
 
     def _keep_working(self) -> None:
@@ -151,8 +153,8 @@ class Pipeline(Generic[Item, Written]):
         while (job := self._next()) is not None:
             try:
                 value = self._worked(job)
-            except Exception as error:
-                job.deliver(Outcome(job.item, error=error))
+            except BaseException as error:
+                job.deliver(Outcome(job.item, error=_as_exception(error)))
                 continue
             self._make_room(writes)
             writes.append(self._writers.submit(self._finish, job, value))
@@ -188,6 +190,15 @@ class Pipeline(Generic[Item, Written]):
     def _finish(self, job: _Job[Item], value: Any) -> None:  # noqa: ANN401
         try:
             outcome = Outcome(job.item, written=self._write(job.item, value))
-        except Exception as error:
-            outcome = Outcome(job.item, error=error)
+        except BaseException as error:
+            outcome = Outcome(job.item, error=_as_exception(error))
         job.deliver(outcome)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What ends a thread, such as SystemExit in a user's code, ends one item only."""
+    if isinstance(error, Exception):
+        return error
+    wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

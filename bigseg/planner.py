@@ -178,6 +178,13 @@ def _choose_region(config: SegmentConfig, source: Volume) -> Region:
 def _choose_engine(asked: _Asked) -> EngineSpec:
     name, precision = asked.config.engine, asked.config.precision
     if asked.begun is not None:
+        begun_on, here = asked.begun.engine.device, asked.resources.device
+        if begun_on != here:
+            kinds = {"cpu": "processors", "cuda": "GPUs"}
+            raise UsageError(
+                f"{asked.begun.output.url} was begun on {kinds[begun_on]}, here are {kinds[here]}: "
+                "go on where it was begun, or start anew with --overwrite"
+            )
         name = asked.begun.engine.name if name == "auto" else name
         precision = asked.begun.engine.precision if precision == "auto" else precision
     return resolve_engine(name, precision, device=asked.resources.device)
@@ -213,8 +220,13 @@ def _choose_tile(asked: _Asked, memory: MemoryModel, source: Volume) -> Vec:
             n_workers=asked.resources.n_workers,
         )
     geometry = tile_geometry(spec, tile)
+    if not memory.is_countable(geometry.output):
+        raise UsageError(
+            f"tiles of {','.join(map(str, tile[1:]))} voxels make the network's tensors larger "
+            "than 2^31 values, beyond which kernels are slow or wrong: use a smaller --tile"
+        )
     if config.memory is not None and not memory.fits(geometry.output):
-        needed = memory.needs(geometry.output)
+        needed = memory.needs(geometry.output) + memory.cache_bytes
         raise UsageError(
             f"--memory {format_bytes(config.memory)}: a worker with tiles of "
             f"{','.join(map(str, tile[1:]))} voxels needs {format_bytes(needed)}: give more memory"
@@ -302,7 +314,9 @@ def _choose_order(asked: _Asked, plan: Plan, source: Volume, memory: MemoryModel
     """The beam, and the memory for decoded chunks that it needs."""
     begun = asked.begun
     if begun is not None and begun.core == plan.core:
-        return {key: getattr(begun, key) for key in HOW}
+        # The ledger's numbers follow the beam; memory is that of the workers that go on.
+        kept = {key: getattr(begun, key) for key in HOW if key != "memory_bytes"}
+        return {**kept, "cache_bytes": min(begun.cache_bytes, memory.cache_bytes)}
     beam, n_bytes = default_beam(
         plan.grid.shape,
         plan.core,

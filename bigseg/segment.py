@@ -93,7 +93,7 @@ class SerialExecutor:
 
     def run(self, stage: str, pending: NDArray[np.bool_]) -> Iterator[BlockReport]:
         """A report for every block that is pending, in order."""
-        for report in self._worker.run(stage, np.flatnonzero(pending)):
+        for report in self._worker.run(stage, map(int, np.flatnonzero(pending))):
             yield replace(report, spent=self._worker.take_spent())
 
 
@@ -205,12 +205,7 @@ def prepare(
         return plan, _create_output(plan)
     begun = begun_plan(ledger, url)
     plan = make_plan(config, resources, transform=transform, begun=begun)
-    differences = begun.differences(plan)
-    if differences:
-        raise UsageError(
-            f"{url} was made with other settings ({'; '.join(differences[:4])}): repeat those, "
-            "choose another --name or --out, or start anew with --overwrite"
-        )
+    check_same(begun, plan, url)
     return plan, ledger
 
 
@@ -227,6 +222,19 @@ def begun_plan(ledger: Ledger, url: str) -> Plan:
             f"{url} was begun by another version of bigseg ({error}): go on with that one, choose "
             "another --name or --out, or start anew with --overwrite"
         ) from None
+
+
+def check_same(begun: Plan, plan: Plan, url: str) -> None:
+    """Refuse to go on at `url` with another plan.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if differences := begun.differences(plan):
+        raise UsageError(
+            f"{url} was made with other settings ({'; '.join(differences[:4])}): repeat those, "
+            "choose another --name or --out, or start anew with --overwrite"
+        )
 
 
 def with_engine(plan: Plan, trial: Trial) -> Plan:

@@ -38,3 +38,10 @@ def test_an_address_where_nobody_answers_is_said(monkeypatch):
 
 def _refuse(**_):
     raise ConnectionError("nobody there")
+
+
+def test_a_head_without_processors_is_no_worker():
+    cluster = Cluster(((0, 0), (16, 0)), is_local=False, memory=(2 << 30, 64 << 30))
+    resources = cluster.resources()
+    assert (resources.n_workers, resources.n_threads) == (4, 4)
+    assert resources.memory_bytes == 16 << 30

@@ -1,5 +1,6 @@
 """What a plan says that it will cost is what it costs."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from bigseg import cli, predictor
 from bigseg.blocks import tiles_of
 from bigseg.config import UNetSpec
+from bigseg.errors import UsageError
 from bigseg.forecast import count_tiles, make_forecast
 from bigseg.model import footprint
 from bigseg.plan import PREDICT
@@ -151,3 +153,42 @@ def test_bench_measures_and_leaves_nothing(place, tmp_path):
     values = json.loads(call(*words, "--json").stdout)
     assert 2 * 8 * 16 * 16 < values["n_voxels"] <= 4 * 8 * 16 * 16
     assert values["efficiency"] > 0
+
+
+def test_bench_of_empty_space_says_so(place, tmp_path):
+    image, model = place
+    words = ["bench", image, "--model", model, "--out", tmp_path / "b.zarr", "--tile", "8,16,16"]
+    result = call(*words, "--executor", "serial", "--engine", "torch", "--skip-below", "1e9")
+    assert result.exit_code == 3
+    assert "all blocks that were tried are empty space" in result.stderr
+
+
+def test_plan_of_other_settings_than_were_begun_is_refused(place, tmp_path):
+    image, model = place
+    config = config_of(image, model, tmp_path / "o.zarr", tile=(8, 16, 16), output="labels")
+    prepare(config, RESOURCES)
+    words = ["plan", image, "--model", model, "--out", tmp_path / "o.zarr", "--engine", "torch"]
+    assert call(*words, "--precision", "fp32").exit_code == 0
+    result = call(*words, "--precision", "fp32", "--region", "0:8,:,:")
+    assert result.exit_code == 2
+    assert "was made with other settings (region_stop" in result.stderr
+
+
+def test_a_result_that_was_begun_goes_on_with_the_memory_of_others(place, tmp_path):
+    image, model = place
+    config = config_of(image, model, tmp_path / "o.zarr", output="labels")
+    rich = dataclasses.replace(RESOURCES, memory_bytes=200 << 30)
+    begun, _ = prepare(config, rich)
+    plan, _ = prepare(config, RESOURCES)
+    assert (plan.tile, plan.core, plan.beam) == (begun.tile, begun.core, begun.beam)
+    assert plan.memory_bytes == RESOURCES.memory_bytes
+    assert plan.cache_bytes <= begun.cache_bytes
+    gpu = dataclasses.replace(RESOURCES, device="cuda", device_bytes=80 << 30)
+    with pytest.raises(UsageError, match="was begun on processors, here are GPUs: go on where it"):
+        prepare(config, gpu)
+
+
+def test_a_tile_beyond_32_bit_sizes_is_refused(place):
+    config = config_of(*place, "o.zarr", tile=(2048, 2048, 2048))
+    with pytest.raises(UsageError, match="larger than 2\\^31 values"):
+        make_plan(config, RESOURCES)

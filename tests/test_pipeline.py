@@ -41,6 +41,28 @@ def test_a_failure_belongs_to_its_item_and_the_others_go_on(step):
     assert [(o.item, str(o.error)) for o in failed] == [(2, f"{step} of 2")]
 
 
+@pytest.mark.parametrize("step", ["read", "work", "write"])
+def test_what_is_no_exception_belongs_to_its_item_too(step):
+    """Such as sys.exit() in a user's function: it would end the thread, and nobody would know."""
+
+    def leave(name, item):
+        if name == step and item == 2:
+            raise SystemExit(3)
+        return item
+
+    outcomes = list(
+        run_pipeline(
+            range(5),
+            lambda i: leave("read", i),
+            lambda i, _: leave("work", i),
+            lambda i, _: leave("write", i),
+        )
+    )
+    failed = [(o.item, str(o.error)) for o in outcomes if o.error]
+    assert failed == [(2, "SystemExit: 3")]
+    assert len(outcomes) == 5
+
+
 def test_steps_overlap():
     def slow(*_):
         time.sleep(0.05)
