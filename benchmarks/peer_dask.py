@@ -6,10 +6,8 @@ workers do, unless there are fewer blocks than processors. On a GPU the threads 
 
 from __future__ import annotations
 
-import argparse
 import queue
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dask
@@ -19,6 +17,7 @@ import zarr
 from setting import (
     ValidForward,
     classes_of,
+    contestant_parser,
     halo_of,
     median_s,
     normalise,
@@ -30,6 +29,7 @@ from setting import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Time one pass over the volume; before and after it, blocks on all threads at once."""
-    options = parse()
+    options = contestant_parser(__doc__).parse_args()
     set_threads(options.threads)
     image = zarr.open_array(str(options.image / "0"), mode="r")
     block = tuple(min(options.side, n) for n in image.shape)
@@ -113,18 +113,6 @@ def side_by_side(call: Callable[[], object], n: int) -> None:
     with ThreadPoolExecutor(n) as threads:
         for future in [threads.submit(call) for _ in range(n)]:
             future.result()
-
-
-def parse() -> argparse.Namespace:
-    """The options of this contestant."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--engine", choices=["ours"], required=True)
-    parser.add_argument("--side", type=int, required=True)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

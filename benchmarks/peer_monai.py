@@ -8,15 +8,14 @@ valid network would compute a halo around each window, which blending is there t
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 import zarr
 from monai.inferers import SlidingWindowInferer
 from setting import (
+    contestant_parser,
     fastest_same,
     median_s,
     normalise,
@@ -31,7 +30,7 @@ N_CLASSES = 2
 
 def main() -> None:
     """Time one pass over the volume; before and after it, one window."""
-    options = parse()
+    options = contestant_parser(__doc__).parse_args()
     set_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     volume = zarr.open_array(str(options.image / "0"), mode="r")[:]
@@ -71,18 +70,6 @@ def main() -> None:
         after = median_s(lambda: predictor(one))
     np.save(options.out, labels[0].to("cpu", torch.uint8).numpy())
     report(seconds=seconds, forward_s=calls * (before + after) / 2, n_forwards=calls)
-
-
-def parse() -> argparse.Namespace:
-    """The options of this contestant."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--engine", choices=["shipped", "ours"], required=True)
-    parser.add_argument("--side", type=int, required=True)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

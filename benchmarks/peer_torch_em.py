@@ -8,7 +8,6 @@ chunks that divide the blocks, and the normalisation is bigseg's fixed one, not 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import types
@@ -21,6 +20,7 @@ import zarr
 from setting import (
     ValidForward,
     classes_of,
+    contestant_parser,
     halo_of,
     median_s,
     normalise,
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Time one pass over the volume; before and after it, one block."""
-    options = parse()
+    parser = contestant_parser(__doc__)
+    parser.add_argument("--halo", type=int, help="default: the exact one")
+    options = parser.parse_args()
     set_threads(options.threads)
     predict = import_prediction()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,19 +130,6 @@ def create_labels(out: Path, image: zarr.Array, block: tuple[int, ...]) -> zarr.
         compressors=zarr.codecs.ZstdCodec(level=3),
         overwrite=True,
     )
-
-
-def parse() -> argparse.Namespace:
-    """The options of this contestant."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--engine", choices=["shipped", "ours"], required=True)
-    parser.add_argument("--side", type=int, required=True)
-    parser.add_argument("--halo", type=int, help="default: the exact one")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

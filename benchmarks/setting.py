@@ -9,11 +9,13 @@ from any border both give the same class.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +31,6 @@ from bigseg.model import ConvBlock, UNet, footprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -234,3 +235,15 @@ def report(**figures: float | str) -> None:
     """The figures of this process as one line of JSON, with its largest memory so far."""
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     print(json.dumps({**figures, "peak_gib": round(peak_gib, 2)}), flush=True)
+
+
+def contestant_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that peers.py gives to every contestant."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--engine", choices=["shipped", "ours"], required=True)
+    parser.add_argument("--side", type=int, required=True)
+    return parser

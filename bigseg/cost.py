@@ -47,6 +47,11 @@ class Depth:
     n_readers: int
     n_writers: int
 
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that hold memory at a time: those, and the one that is worked on."""
+        return self.ahead + 1 + self.behind
+
 
 # A GPU takes a block sooner than one thread can decode it, or compress its result.
 DEPTH = {"cpu": Depth(1, 1, 1, 1), "cuda": Depth(4, 4, 4, 4)}
@@ -94,9 +99,8 @@ class MemoryModel:
 
     def slots(self, output: Sequence[Size]) -> Size:
         """The buffers of the blocks on their way to and from a GPU, there and pinned here."""
-        n = DEPTH[self.device].ahead + 1 + DEPTH[self.device].behind
         read = self.in_voxel_bytes * self._grown(output)
-        return n * (read + self.out_voxel_bytes * _product(output))
+        return DEPTH[self.device].n_blocks * (read + self.out_voxel_bytes * _product(output))
 
     def needs(self, output: Sequence[Size]) -> Size:
         """Main memory of a worker with tiles that compute `output`, without decoded chunks."""

@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What torch turns into float32 on the device with numpy's result; others are converted before.
-_UPLOADED = frozenset(
-    np.dtype(t) for t in ("uint8", "int8", "uint16", "int16", "int32", "float16", "float32")
-)
 _TORCH = {
     np.dtype(name): getattr(torch, name)
     for name in ("uint8", "int8", "uint16", "int16", "int32", "float16", "float32")
@@ -66,8 +63,7 @@ class _Slot:
     """The same number of bytes in pinned memory and on the device."""
 
     def __init__(self, n_bytes: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
         self.device = torch.empty(n_bytes, dtype=torch.uint8, device=device)
 
     def views(self, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[Tensor, Tensor]:
@@ -120,7 +116,7 @@ class CudaPredictor:
         self._device = torch.device("cuda")
         self._geometry, self._encoding = geometry, encoding
         self._n_classes = net.spec.out_channels
-        self._raw_dtype = raw_dtype if raw_dtype in _UPLOADED else np.dtype(np.float32)
+        self._raw_dtype = raw_dtype if raw_dtype in _TORCH else np.dtype(np.float32)
         shape = geometry.input_shape(net.spec.in_channels)
 
         def build(n_planes: int) -> Callable[[Tensor], Tensor]:

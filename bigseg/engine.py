@@ -117,7 +117,11 @@ def candidates(device: Device, precision: Precision | Literal["auto"]) -> tuple[
     found = []
     for name in (default, *(other for other in _NAMES[device] if other != default)):
         try:
-            found.append(resolve_engine(name, precision, device=device))
+            engine = resolve_engine(name, precision, device=device)
+            # Compiling for processors that emulate bf16 takes minutes, and computing longer.
+            slow = device == "cpu" and engine.precision not in ("fp32", best_precision(device))
+            if not (slow and name == "compiled"):
+                found.append(engine)
         except BigsegError as error:
             logger.info("engine %s is left out: %s", name, error)
     return tuple(found)

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bigseg.blocks import Region
 from bigseg.cache import predicted_fetch_bytes
 from bigseg.checkpoint import read_card
@@ -93,10 +91,7 @@ def make_forecast(plan: Plan, *, n_workers: int, flops_a_second: float | None = 
     card = read_card(plan.model.url)
     geometry, mark = geometry_of(plan, card), footprint(card.spec)
     n_tiles = count_tiles(plan)
-    planes = math.prod(geometry.output[: -card.spec.dims])
-    computed = n_tiles * planes * mark.flops(geometry.output[-card.spec.dims :])
-    itemsize = np.dtype(plan.source.dtype).itemsize * len(plan.source.channels)
-    n_out = len(plan.output.class_names) if plan.output.kind == "probabilities" else 1
+    computed = n_tiles * geometry.flops(card.spec)
     memory = memory_model(plan, card.spec)
     of_one = flops_a_second or plan.flops_a_second
     rate = None if of_one is None else of_one * min(n_workers, len(plan.grid))
@@ -107,9 +102,9 @@ def make_forecast(plan: Plan, *, n_workers: int, flops_a_second: float | None = 
         n_tiles=n_tiles,
         useful_flops=mark.useful_flops(plan.region.n_voxels),
         computed_flops=computed,
-        volume_bytes=plan.region.n_voxels * itemsize,
-        fetched_bytes=_fetched(plan, geometry, n_workers, itemsize),
-        written_bytes=plan.region.n_voxels * n_out * np.dtype(plan.output.dtype).itemsize,
+        volume_bytes=plan.region.n_voxels * plan.source.voxel_bytes,
+        fetched_bytes=_fetched(plan, geometry, n_workers),
+        written_bytes=plan.region.n_voxels * plan.output.voxel_bytes,
         memory_bytes=int(memory.needs(geometry.output)) + plan.cache_bytes,
         seconds=None if rate is None else computed / rate,
     )
@@ -129,7 +124,7 @@ def count_tiles(plan: Plan, region: Region | None = None) -> int:
     return math.prod(counts)
 
 
-def _fetched(plan: Plan, geometry: TileGeometry, n_workers: int, voxel_bytes: int) -> int:
+def _fetched(plan: Plan, geometry: TileGeometry, n_workers: int) -> int:
     """Decoded bytes that the workers fetch, each in its part of the blocks."""
     source = open_volume(plan.source.url, level=plan.source.level)
     grid, n = plan.grid, len(plan.grid)
@@ -141,7 +136,7 @@ def _fetched(plan: Plan, geometry: TileGeometry, n_workers: int, voxel_bytes: in
             _read_regions(plan, grid, geometry, first, last),
             shape=plan.source.shape,
             chunk=source.chunk_shape,
-            bytes_per_voxel=voxel_bytes,
+            bytes_per_voxel=plan.source.voxel_bytes,
             budget_bytes=plan.cache_bytes,
         )
 

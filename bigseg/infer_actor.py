@@ -156,9 +156,9 @@ class RayExecutor:
             self._deaths_in_a_row = 0
             reports, seconds = answer
             member.flying.pop(0)
-            # Blocks that are skipped or fail say nothing of how long the others take.
-            n_computed = sum(r.error is None and r.checksum != EMPTY_MARK for r in reports)
-            book.done(n_computed, seconds)
+            # Blocks that are skipped say nothing of how long the others take, nor do failures.
+            if not any(r.error for r in reports):
+                book.done(sum(r.checksum != EMPTY_MARK for r in reports), seconds)
             for report in reports:
                 if report.error is None or book.failed(report.block):
                     yield report

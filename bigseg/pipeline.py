@@ -143,9 +143,8 @@ class Pipeline(Generic[Item, Written]):
                     return
             try:
                 job.data.set_result(self._read(job.item))
-            except (
-                BaseException
-            ) as error:  # also what is no Exception: nobody else would hear of it
+            # Also what is no Exception: nobody else would hear of it.
+            except BaseException as error:
                 job.data.set_exception(error)
 
     def _keep_working(self) -> None:

@@ -48,6 +48,11 @@ class SourcePlan(Settings):
     channels: tuple[int, ...]
     identity: str
 
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of one voxel with all channels that are read."""
+        return len(self.channels) * np.dtype(self.dtype).itemsize
+
 
 class ModelPlan(Settings):
     """The model file and the hash of its bytes."""
@@ -72,6 +77,11 @@ class OutputPlan(Settings):
     def channel_names(self) -> tuple[str, ...]:
         """The classes where each is a channel; none for labels."""
         return self.class_names if self.kind == "probabilities" else ()
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of one voxel with all channels."""
+        return max(1, len(self.channel_names)) * np.dtype(self.dtype).itemsize
 
     @property
     def write_unit(self) -> Vec:
@@ -149,13 +159,12 @@ def geometry_of(plan: Plan, card: ModelCard) -> TileGeometry:
 
 def memory_model(plan: Plan, spec: UNetSpec) -> MemoryModel:
     """The memory of a worker of the plan."""
-    n_out = len(plan.output.class_names) if plan.output.kind == "probabilities" else 1
     return MemoryModel(
         spec=spec,
         device=plan.engine.device,
         value_bytes=4 if plan.engine.precision == "fp32" else 2,
-        in_voxel_bytes=len(plan.source.channels) * np.dtype(plan.source.dtype).itemsize,
-        out_voxel_bytes=n_out * np.dtype(plan.output.dtype).itemsize,
+        in_voxel_bytes=plan.source.voxel_bytes,
+        out_voxel_bytes=plan.output.voxel_bytes,
         memory_bytes=plan.memory_bytes,
     )
 

@@ -14,6 +14,7 @@ not every size fits it; it is cropped. A 2-D network sees the planes of a tile a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,11 @@ class TileGeometry:
         """Shape of the network's input: (n, channels, *spatial)."""
         t, z, y, x = self.input
         return (t * z, n_channels, y, x) if self.dims == 2 else (t, n_channels, z, y, x)
+
+    def flops(self, spec: UNetSpec) -> int:
+        """Operations of one forward pass, with all its planes."""
+        planes = math.prod(self.output[: -self.dims])
+        return planes * footprint(spec).flops(self.output[-self.dims :])
 
     def grown(self, core: Region) -> Region:
         """What must be read for all tiles that touch `core`; may leave the volume."""

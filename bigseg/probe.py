@@ -62,7 +62,7 @@ def probe(
     what else the machine does falls on all of them. An engine that cannot be built or run is left
     out, and a warning says why.
     """
-    batch = np.random.default_rng(0).normal(0.5, 0.3, tuple(input_shape)).astype(np.float32)
+    batch = _batch(input_shape)
     runs = [_tried(net, engine, batch, n_threads) for engine in engines]
     built = [run for run in runs if run is not None]
     if not built:
@@ -79,6 +79,25 @@ def probe(
         )
         for i, run in enumerate(built)
     ]
+
+
+def time_engine(
+    net: UNet,
+    engine: EngineSpec,
+    *,
+    input_shape: Sequence[int],
+    n_threads: int,
+    repeats: int = 3,
+) -> float:
+    """Median seconds of warm passes of one engine, compared with nothing.
+
+    Raises:
+        ResourceError: it cannot be built or run here.
+    """
+    run = _tried(net, engine, _batch(input_shape), n_threads)
+    if run is None:
+        raise ResourceError(f"engine {engine} does not run here: see the warning above")
+    return statistics.median(_seconds(run.again) for _ in range(repeats))
 
 
 def choose(timings: Sequence[Timing], *, default: EngineSpec) -> tuple[Timing, str]:
@@ -194,6 +213,10 @@ def _on_gpu(
         return result
 
     return again, forward(there).cpu().numpy()
+
+
+def _batch(shape: Sequence[int]) -> NDArray[np.float32]:
+    return np.random.default_rng(0).normal(0.5, 0.3, tuple(shape)).astype(np.float32)
 
 
 def _seconds(run: Callable[[], object]) -> float:

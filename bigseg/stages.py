@@ -135,6 +135,8 @@ def make_stage(plan: Plan, name: str, n_threads: int, transform: Transform | Non
     """The stage called `predict` or `pyramid-<level>`."""
     if name == PREDICT:
         return PredictStage(plan, n_threads, transform)
+    # What a thread reads and compares for one block takes up to half a GiB.
+    n_threads = max(1, min(n_threads, plan.memory_bytes >> 29))
     return PyramidStage(plan, int(name.removeprefix("pyramid-")), n_threads)
 
 
@@ -328,7 +330,6 @@ def _make_predictor(plan: Plan, net: UNet, geometry: TileGeometry, n_threads: in
         )
     from bigseg.cuda import CudaPredictor
 
-    depth = DEPTH["cuda"]
     dtype = plan.transform.dtype if plan.transform else plan.source.dtype
     return CudaPredictor(
         net,
@@ -338,5 +339,5 @@ def _make_predictor(plan: Plan, net: UNet, geometry: TileGeometry, n_threads: in
         encoding=encoding,
         core=plan.core,
         raw_dtype=np.dtype(dtype),
-        n_slots=depth.ahead + 1 + depth.behind,
+        n_slots=DEPTH["cuda"].n_blocks,
     )

@@ -13,7 +13,15 @@ from bigseg.forecast import count_tiles
 from bigseg.model import footprint
 from bigseg.plan import Plan, geometry_of
 from bigseg.predict import TileGeometry, tile_geometry
-from bigseg.probe import Timing, choose, probe, probe_key, remember, remembered
+from bigseg.probe import (
+    Timing,
+    choose,
+    probe,
+    probe_key,
+    remember,
+    remembered,
+    time_engine,
+)
 
 if TYPE_CHECKING:
     from bigseg.blocks import Vec
@@ -40,7 +48,7 @@ def is_worth_trying(plan: Plan) -> bool:
     """Whether a run is so long that a faster engine pays for having been looked for."""
     card = read_card(plan.model.url)
     geometry = geometry_of(plan, card)
-    return count_tiles(plan) * _flops(card.spec, geometry) >= WORTH_TRYING[plan.engine.device]
+    return count_tiles(plan) * geometry.flops(card.spec) >= WORTH_TRYING[plan.engine.device]
 
 
 def try_engines(plan: Plan, n_threads: int, *, only: tuple[EngineSpec, ...] = ()) -> Trial:
@@ -66,7 +74,7 @@ def try_engines(plan: Plan, n_threads: int, *, only: tuple[EngineSpec, ...] = ()
         engine=chosen.engine,
         reason=reason,
         timings=tuple(timings),
-        flops_a_second=_flops(card.spec, geometry) / chosen.seconds,
+        flops_a_second=geometry.flops(card.spec) / chosen.seconds,
     )
 
 
@@ -75,8 +83,7 @@ def time_tile(plan: Plan, n_threads: int) -> float:
     net, card = load_model(plan.model.url)
     shape = geometry_of(plan, card).input_shape(card.spec.in_channels)
     torch.set_num_threads(n_threads)
-    [timing] = probe(net, [plan.engine], input_shape=shape, n_threads=n_threads)
-    return timing.seconds
+    return time_engine(net, plan.engine, input_shape=shape, n_threads=n_threads)
 
 
 def _small_enough(spec: UNetSpec, tile: Vec, most_flops: float) -> TileGeometry:
@@ -86,14 +93,7 @@ def _small_enough(spec: UNetSpec, tile: Vec, most_flops: float) -> TileGeometry:
     while True:
         geometry = tile_geometry(spec, (*tile[: -spec.dims], *sides))
         smaller = [max(s, n // 2 // s * s) for n, s in zip(sides, stride, strict=True)]
-        if _flops(spec, geometry) <= most_flops or smaller == sides:
+        if geometry.flops(spec) <= most_flops or smaller == sides:
             return geometry
         longest = max(range(spec.dims), key=lambda axis: sides[axis] - smaller[axis])
         sides[longest] = smaller[longest]
-
-
-def _flops(spec: UNetSpec, geometry: TileGeometry) -> float:
-    planes = 1
-    for n in geometry.output[: -spec.dims]:
-        planes *= n
-    return planes * footprint(spec).flops(geometry.output[-spec.dims :])

@@ -422,6 +422,8 @@ def test_candidates_are_what_can_be_built_the_default_first(tmp_path, monkeypatc
     assert names(candidates("cpu", "fp32")) == ["openvino", "compiled", "torch"]
     assert candidates("cpu", "fp32")[0] == resolve_engine("auto", "fp32", device="cpu")
     assert names(candidates("cpu", "fp16")) == []
+    emulated = best_precision("cpu") != "bf16"
+    assert ("compiled" in names(candidates("cpu", "bf16"))) != emulated
     assert names(candidates("cuda", "fp16"))[:2] == ["torch", "compiled"]
     monkeypatch.setattr(engine, "_installed", lambda package: False)
     assert names(candidates("cpu", "fp32")) == ["torch", "compiled"]
