@@ -23,9 +23,11 @@ from setting import report, write_network
 from bigseg import infer_actor
 from bigseg.cluster import connect
 from bigseg.config import SegmentConfig
-from bigseg.infer_actor import RayExecutor, Workers
+from bigseg.infer_actor import RayExecutor
+from bigseg.machine import Workers
+from bigseg.places import own_resources
 from bigseg.reports import BlockReport, Spent
-from bigseg.segment import carry_out, own_resources, prepare
+from bigseg.segment import carry_out, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,12 +15,14 @@ from bigseg import store
 from bigseg.checkpoint import read_card
 from bigseg.errors import IncompleteError, InputError, OutputError
 from bigseg.forecast import Forecast, count_tiles, make_forecast
-from bigseg.infer_actor import on_ray
 from bigseg.ledger import EMPTY_MARK, Ledger
+from bigseg.on_ray import on_ray
+from bigseg.places import Here
 from bigseg.plan import PREDICT, Plan
 from bigseg.planner import locate_output, make_plan
 from bigseg.reports import Spent
-from bigseg.segment import Here, begun_plan, check_same, prepare, with_engine
+from bigseg.results import begun_plan, check_same, ledger_url
+from bigseg.segment import prepare, with_engine
 from bigseg.transform import load_transform
 from bigseg.trial import is_worth_trying
 
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.config import SegmentConfig
+    from bigseg.places import Executor, Place
     from bigseg.probe import Timing
     from bigseg.progress import Progress
-    from bigseg.segment import Executor, Place
 
 
 def foresee(config: SegmentConfig) -> Forecast:
@@ -47,7 +49,7 @@ def foresee(config: SegmentConfig) -> Forecast:
     transform = load_transform(config.transform) if config.transform else None
     with _place(config, ask_cluster=_is_remote(config)) as place:
         url = locate_output(config)
-        ledger = None if config.overwrite else Ledger.open(store.join(url, "ledger"))
+        ledger = None if config.overwrite else Ledger.open(ledger_url(url), read_only=True)
         begun = begun_plan(ledger, url) if ledger else None
         plan = make_plan(config, place.resources, transform=transform, begun=begun)
         if begun is not None:

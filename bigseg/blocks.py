@@ -134,7 +134,8 @@ def _parse_interval(part: str, length: int, text: str) -> tuple[int, int]:
     stop = length if last is None else last + length * (last < 0)
     if not 0 <= start < stop <= length:
         raise UsageError(
-            f"region {text!r}: {part!r} is empty or outside the axis, which runs from 0 to {length}"
+            f"region {text!r}: {part!r} is empty or outside the axis, which runs from 0 to "
+            f"{length}: give a part of it"
         )
     return start, stop
 

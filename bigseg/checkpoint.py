@@ -4,15 +4,16 @@ One safetensors file; its header carries what it is, and a hash over everything 
 
     | 8 bytes: length | header: {"__metadata__": {"bigseg": card, "sha256": hash}, tensors} | data |
 
-Nothing in it is code. A file is read only when it is whole: its announced length, its hash and,
-for models, the shape and type of every tensor are checked before a network is built. The same
-network and card give the same bytes.
+Nothing in it is code. A file is read only when it is whole: its announced length, the places of its
+tensors, its hash and, for models, the shape and type of every tensor are checked before a network
+is built. The same network and card give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from bigseg.errors import ModelFileError
 from bigseg.model import UNet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -36,10 +37,27 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 4 << 20
 MAX_FILE_BYTES = 16 << 30
 
+# Bytes of one value of the types that safetensors knows by whole bytes.
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
 MODEL_KEY = "bigseg"
 STATE_KEY = "bigseg-training"
 
 _ADVICE = "give the model.safetensors of a training run"
+# What Python, safetensors and torch raise for a file that somebody made by hand.
+_DAMAGED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def save_model(url: str, net: UNet, card: ModelCard) -> None:
@@ -129,10 +147,12 @@ def _digest(text: str, table: object, data: memoryview) -> str:
 
 
 def _decode(url: str, key: str) -> _File:
+    # Before all of something else, which can be large, is read.
+    _check_start(url, store.read_start(url, 9))
     raw = store.read_bytes(url, limit_bytes=MAX_FILE_BYTES)
     header, data = _split(url, raw)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not {key, "sha256"} <= set(metadata):
+    metadata = header.pop("__metadata__", {})
+    if not {key, "sha256"} <= set(metadata):
         what = "model" if key == MODEL_KEY else "training state"
         raise ModelFileError(
             f"{url} is a safetensors file without the description of a bigseg {what}: {_ADVICE}"
@@ -143,13 +163,14 @@ def _decode(url: str, key: str) -> _File:
             f"says {metadata['sha256'][:12]}…; copy it again or train anew"
         )
     try:
-        return _File(safetensors.torch.load(raw), json.loads(metadata[key]), digest)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{url} cannot be decoded: {error}; {_ADVICE}") from None
+        return _File(safetensors.torch.load(raw), _parse_json(metadata[key]), digest)
+    except (SafetensorError, *_DAMAGED) as error:
+        reason = str(error)[:200]
+        raise ModelFileError(f"{url} cannot be decoded: {reason}; {_ADVICE}") from None
 
 
-def _split(url: str, raw: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header and the data of a safetensors file whose length is as announced."""
+def _check_start(url: str, raw: bytes) -> None:
+    """Refuse what cannot be a model file by its first bytes."""
     if len(raw) > 8 and raw[8:9] != b"{":
         if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
             raise ModelFileError(
@@ -163,6 +184,12 @@ def _split(url: str, raw: bytes) -> tuple[dict[str, Any], memoryview]:
             f"{url} announces a header of {length} bytes, more than the {MAX_HEADER_BYTES} that a "
             f"model may have: {_ADVICE}"
         )
+
+
+def _split(url: str, raw: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header and the data of a safetensors file whose length is as announced."""
+    _check_start(url, raw)
+    length = int.from_bytes(raw[:8], "little")
     if len(raw) < 10 or len(raw) < 8 + length:
         raise ModelFileError(f"{url} is truncated: it ends after {len(raw)} bytes; copy it again")
     header = _parse_header(url, raw[8 : 8 + length])
@@ -177,18 +204,57 @@ def _split(url: str, raw: bytes) -> tuple[dict[str, Any], memoryview]:
 
 def _parse_header(url: str, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("no mapping")
-        _announced_bytes(header)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"{url} has a header that is damaged ({error}): {_ADVICE}") from None
+        header = _parse_json(text)
+        metadata = header.get("__metadata__", {})
+        for word in (*metadata, *metadata.values()):
+            # What is no text, or no text that can be written, has no hash.
+            str.encode(word)
+        _check_places(_tensors(header))
+    except _DAMAGED as error:
+        reason = str(error)[:200]
+        raise ModelFileError(f"{url} has a header that is damaged ({reason}): {_ADVICE}") from None
     return header
 
 
+def _parse_json(text: str | bytes) -> dict[str, Any]:
+    """A mapping whose keys are given once and whose numbers are finite."""
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    if not isinstance(value, dict):
+        raise ValueError("no mapping")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _tensors(header: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [entry for name, entry in header.items() if name != "__metadata__"]
+
+
+def _check_places(tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse tensors that overlap, leave gaps, or have other bytes than their shape."""
+    end = 0
+    for entry in sorted(tensors, key=lambda entry: tuple(entry["data_offsets"])):
+        start, stop = entry["data_offsets"]
+        numbers = [start, stop, *entry["shape"]]
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise ValueError("sizes that are no whole numbers")
+        n_bytes = math.prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]]
+        if start != end or stop - start != n_bytes:
+            raise ValueError("tensors that overlap or do not fit their places")
+        end = stop
+
+
 def _announced_bytes(header: Mapping[str, Any]) -> int:
-    ends = (int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__")
-    return max(ends, default=0)
+    return max((entry["data_offsets"][1] for entry in _tensors(header)), default=0)
 
 
 def _card(url: str, file: _File) -> ModelCard:
@@ -198,8 +264,8 @@ def _card(url: str, file: _File) -> ModelCard:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelFileError(
-            f"{url} has a description that this bigseg does not understand ({where}: "
-            f"{first['msg']}): use the version of bigseg that wrote it, or train anew"
+            f"{url} has a description that this bigseg does not understand ({where[:100]}: "
+            f"{first['msg'][:200]}): use the version of bigseg that wrote it, or train anew"
         ) from None
 
 
@@ -208,8 +274,8 @@ def _without_memory(url: str, spec: UNetSpec) -> UNet:
     try:
         with torch.device("meta"):
             return UNet(spec)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except (RuntimeError, ArithmeticError, MemoryError, TypeError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0][:200]
         raise ModelFileError(
             f"{url} describes a network that cannot be built ({reason}): {_ADVICE}"
         ) from None

@@ -6,7 +6,8 @@ console.py has what the commands share.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from bigseg import __version__
 from bigseg.console import (
     Group,
     absolute,
+    first_interrupt_asks,
     integers,
     json_option,
     numbers,
@@ -23,9 +25,7 @@ from bigseg.console import (
     verbose_option,
 )
 from bigseg.errors import IncompleteError, UsageError
-
-if TYPE_CHECKING:
-    from bigseg.segment import SegmentResult
+from bigseg.guards import printable
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,7 +104,7 @@ def info(url: str, as_json: bool) -> None:
     from bigseg.info import as_text, describe
 
     description = describe(url)
-    click.echo(json.dumps(description, indent=2) if as_json else as_text(description))
+    click.echo(json.dumps(description, indent=2) if as_json else printable(as_text(description)))
 
 
 @main.command()
@@ -202,14 +202,19 @@ def segment(**options: Any) -> None:  # noqa: ANN401 - each is a key of SegmentC
       bigseg segment image.zarr --model run/model.safetensors
       bigseg segment image.zarr --model run/model.safetensors --output probabilities --out p.zarr
     """  # noqa: D301
+    from bigseg.account import conclusion, remarks
+
     config = segment_config(options)
     with progress_bar() as progress:
         if config.executor == "serial":
             from bigseg.segment import segment_serially as run
         else:
-            from bigseg.infer_actor import segment_on_ray as run
-        result = run(config, progress)
-    _tell(result)
+            from bigseg.on_ray import segment_on_ray as run
+        result = run(config, progress, stopping=first_interrupt_asks)
+    for line in remarks(result):
+        click.echo(printable(line), err=True)
+    for line in conclusion(result):
+        click.echo(printable(line))
 
 
 @main.command()
@@ -225,8 +230,7 @@ def plan(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """  # noqa: D301
     from bigseg.bench import foresee
 
-    forecast = foresee(segment_config(options))
-    click.echo(json.dumps(forecast.as_dict(), indent=2) if as_json else forecast.as_text())
+    _say(foresee(segment_config(options)), as_json=as_json)
 
 
 @main.command()
@@ -249,7 +253,7 @@ def bench(blocks: int, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 
     with progress_bar() as progress:
         result = run_bench(segment_config(options), n_blocks=blocks, progress=progress)
-    click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.as_text())
+    _say(result, as_json=as_json)
 
 
 @main.command()
@@ -267,8 +271,7 @@ def evaluate(pred: str, truth: str, region: str | None, as_json: bool) -> None:
     """  # noqa: D301
     from bigseg.evaluate import evaluate_urls
 
-    scores = evaluate_urls(pred, truth, region=region)
-    click.echo(json.dumps(scores.as_dict(), indent=2) if as_json else scores.as_text())
+    _say(evaluate_urls(pred, truth, region=region), as_json=as_json)
 
 
 @main.command()
@@ -291,37 +294,92 @@ def demo(folder: str, show: bool) -> None:
         click.launch(result.picture)
 
 
-def _tell(result: SegmentResult) -> None:
-    """Print what a segmentation did; raises where blocks were set aside."""
-    from bigseg.view import save_result_picture
-    from bigseg.volume import open_volume
+@main.command()
+@click.argument("url", metavar="OUT")
+@json_option
+@verbose_option
+def status(url: str, as_json: bool) -> None:
+    """How far a segmentation is: blocks, rate, time left, what failed, and how to go on.
 
-    plan = result.plan
-    if result.n_done_before:
-        click.echo(
-            f"went on from {result.n_done_before} of {result.n_blocks} finished blocks", err=True
+    OUT is the result: IMAGE/labels/NAME, or what --out named. Nothing is written.
+
+    \b
+    Example:
+      bigseg status image.zarr/labels/bigseg
+    """  # noqa: D301
+    from bigseg.status import read_status
+
+    _say(read_status(absolute(url)), as_json=as_json)
+
+
+@main.command()
+@click.argument("url", metavar="OUT")
+@click.option("--seams", default=16, show_default=True, type=click.IntRange(min=0),
+              help="Places across borders of blocks to compute again.")  # fmt: skip
+@click.option("--chunks", default=64, show_default=True, type=click.IntRange(min=0),
+              help="Chunks of the pyramid to compute again.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--transform", metavar="FILE.py:FUNCTION", help="The one of `segment`, if any.")
+@json_option
+@verbose_option
+def verify(
+    url: str, seams: int, chunks: int, seed: int, transform: str | None, as_json: bool
+) -> None:
+    """Read a result again, compute parts of it again, and take back what is wrong.
+
+    The same `bigseg segment` command then makes again what was taken back.
+
+    \b
+    Example:
+      bigseg verify image.zarr/labels/bigseg
+    """  # noqa: D301
+    from bigseg.transform import load_transform
+    from bigseg.verify import verify as run
+
+    with progress_bar() as progress:
+        verification = run(
+            absolute(url),
+            n_seams=seams,
+            n_chunks=chunks,
+            seed=seed,
+            transform=load_transform(transform) if transform else None,
+            progress=progress,
         )
-    reason = f" ({plan.engine_reason})" if plan.engine_reason else ""
-    click.echo(
-        f"core {plan.core[1:]} voxels, tile {plan.tile[1:]}, {plan.engine}{reason}", err=True
-    )
-    if result.spent.wall_s:
-        click.echo(f"engine {result.spent.as_text()}", err=True)
-    if result.n_empty:
-        click.echo(f"{result.n_empty} blocks are empty space and were skipped", err=True)
-    if not result.is_complete:
-        reasons = "\n".join(f"  {report.error}" for report in result.failed[:20])
-        raise IncompleteError(
-            f"{len(result.failed)} of {result.n_blocks} blocks were set aside; the same command "
-            f"tries them again:\n{reasons}"
-        )
-    source = open_volume(plan.source.url, level=plan.source.level)
-    picture = save_result_picture(
-        source,
-        open_volume(plan.output.url),
-        plan.region,
-        channel=plan.source.channels[0],
-        kind="classes" if plan.output.kind == "labels" else "probability",
-    )
-    click.echo(f"{plan.output.url}: {result.n_blocks} blocks in {result.seconds:.1f} s")
-    click.echo(f"{picture}: a middle plane, raw | result | overlay")
+    _say(verification, as_json=as_json)
+    if not verification.is_right:
+        raise IncompleteError(verification.sentence)
+
+
+@main.command()
+@click.argument("url", metavar="OUT")
+@click.option("--yes", is_flag=True, help="Delete an unfinished result without asking.")
+@verbose_option
+def clean(url: str, yes: bool) -> None:
+    """Remove what a run that was killed left: temporary files, its lock, an unfinished result.
+
+    A finished result stays.
+
+    \b
+    Example:
+      bigseg clean image.zarr/labels/bigseg
+    """  # noqa: D301
+    from bigseg.cleanup import find_leftovers, remove_leftovers
+
+    found = find_leftovers(absolute(url))
+    if found.deletes_result and not yes:
+        if not can_answer():
+            raise UsageError(f"{found.question} nobody can be asked here: say --yes to delete it")
+        click.confirm(found.question, abort=True, err=True)
+    if not found.is_nothing:
+        remove_leftovers(found)
+    click.echo(printable(found.as_text()))
+
+
+def can_answer() -> bool:
+    """Whether somebody sits at a terminal."""
+    return sys.stdin.isatty()
+
+
+def _say(result: Any, *, as_json: bool) -> None:  # noqa: ANN401 - each says itself in both ways
+    text = json.dumps(result.as_dict(), indent=2) if as_json else printable(result.as_text())
+    click.echo(text)

@@ -1,8 +1,9 @@
 """Reaching a Ray cluster, or starting a private one on this machine; resources and threads.
 
-Without an address a Ray of its own starts, reachable from this machine only, with token
-authentication on, and ends with the block. With an address (or RAY_ADDRESS, which `ray job submit`
-sets) the running cluster is used and left running.
+Without an address a Ray of its own starts, and ends with the block. It listens on the loopback
+interface only, asks for a token that no file holds, and keeps its sockets and logs in a folder that
+nobody else can enter, which is deleted at the end unless something failed. With an address (or
+RAY_ADDRESS, which `ray job submit` sets) the running cluster is used and left running.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from contextlib import contextmanager
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray._private import ray_constants
+from ray.exceptions import RayError, RayTaskError
 
 from bigseg.engine import available_cpus
-from bigseg.errors import ResourceError
+from bigseg.errors import BigsegError, ResourceError
 from bigseg.machine import USABLE, Resources, default_workers, memory_of_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from bigseg.machine import Workers
 
 # Read by Ray when it starts; set only where the user has not.
 _ENVIRONMENT = {
@@ -33,8 +41,17 @@ _ENVIRONMENT = {
 }
 
 
+logger = logging.getLogger(__name__)
+
+# Paths of sockets have at most 107 characters; Ray adds 80 to its folder.
+_LONGEST_FOLDER = 24
+
 # Where a cluster does not say.
 UNKNOWN_MEMORY = 8 << 30
+# Ray notices within seconds that a node is gone; a worker of it can be missed before.
+NODE_TIMEOUT_S = 5.0
+# Compiling a network for a trial takes a minute on few processors.
+TASK_TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -107,36 +124,86 @@ def connect(address: str | None, *, n_cpus: int | None = None) -> Iterator[Clust
     is_local = target == "local"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if is_local:
+    with _private_folder() if is_local else nullcontext() as folder:
+        _start(target, (n_cpus or available_cpus()) if is_local else None, folder)
+        try:
+            yield _resources(is_local=is_local)
+        finally:
+            ray.shutdown()
+
+
+def _start(target: str, n_cpus: int | None, folder: str | None) -> None:
+    """Reach the cluster at `target`, or start one whose files are in `folder`."""
+    if folder is not None:
         _use_private_token()
     try:
-        ray.init(
-            address=target,
-            num_cpus=(n_cpus or available_cpus()) if is_local else None,
-            include_dashboard=False if is_local else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with nullcontext() if folder is None else _loopback_only():
+            ray.init(
+                address=target,
+                num_cpus=n_cpus,
+                include_dashboard=None if folder is None else False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ResourceError(
             f"no Ray cluster could be reached at {target!r} ({reason}): check the address, set "
             "RAY_AUTH_MODE=token where the cluster asks for a token, or leave --address out"
         ) from error
-    try:
-        yield _resources(is_local=is_local)
-    finally:
-        ray.shutdown()
 
 
 def _use_private_token() -> None:
     """A token that lives in this process and its workers, and in no file, unless the user has one.
 
-    Ray (2.60) turns authentication on for a cluster that `ray.init` starts; without a token it
-    would write a file that others of the machine can read.
+    Ray (2.60) turns authentication on for a cluster that `ray.init` starts, unless the environment
+    said otherwise when it was imported; without a token it would write a file that others of the
+    machine can read. It reads a token once in a process, so one that was made for one cluster
+    stays for the next.
     """
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        logger.warning(
+            "RAY_AUTH_MODE is %r: whoever has an account on this machine can run programs as you "
+            "while Ray runs; set it to token",
+            mode,
+        )
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let what starts in the body listen on 127.0.0.1 alone.
+
+    On macOS and Windows Ray does that by itself, on Linux (2.60) it listens on all interfaces,
+    whatever address it is told, unless this constant says that no other machine will join.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A new folder that only this user can reach; kept, and named, where the body fails."""
+    base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="bigseg-", dir=base if len(base) < _LONGEST_FOLDER else "/tmp")
+    # One folder deeper, because Ray opens its own to everybody.
+    inner = os.path.join(folder, "r")
+    try:
+        yield inner
+    except Exception:
+        logger.info("the logs of Ray are in %s", folder)
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_worker_threads(n_threads: int) -> None:
@@ -154,6 +221,88 @@ def set_worker_threads(n_threads: int) -> None:
             f"torch uses {torch.get_num_threads()} threads where {n_threads} were set: unset "
             "OMP_NUM_THREADS and MKL_NUM_THREADS"
         )
+
+
+def is_lost(node: str) -> bool:
+    """Whether a node of the cluster is gone, as Ray comes to know."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    if not node or len(nodes) < 2:
+        return False
+    end_s = time.monotonic() + NODE_TIMEOUT_S
+    while True:
+        if not any(n["NodeID"] == node and n["Alive"] for n in nodes):
+            return True
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.5)
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+
+
+def run_tasks(
+    workers: Workers,
+    function: Callable[..., Any],
+    *args: Any,  # noqa: ANN401 - what the function takes
+    **options: Any,  # noqa: ANN401
+) -> list[Any]:
+    """What `function(*args, n_threads, **options)` gives in `workers.n` processes at once.
+
+    Raises:
+        ResourceError: they find no place, or die.
+        BigsegError: what they raise.
+    """
+    task = ray.remote(_in_worker).options(
+        num_cpus=workers.n_threads, num_gpus=workers.n_gpus, max_retries=0
+    )
+    return _results(
+        [task.remote(function, workers.n_threads, args, options) for _ in range(workers.n)]
+    )
+
+
+def gpu_bytes(cluster: Cluster, ask: Callable[[], int]) -> int | None:
+    """What `ask` gives on a GPU of the cluster: this process may have none. None without GPUs."""
+    if not cluster.n_gpus:
+        return None
+    asked = ray.remote(ask).options(num_gpus=1, max_retries=0)
+    n_bytes: int = _results([asked.remote()])[0]
+    return n_bytes
+
+
+def _in_worker(
+    function: Callable[..., Any], n_threads: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:  # noqa: ANN401 - what the function gives
+    set_worker_threads(n_threads)
+    return function(*args, n_threads, **options)
+
+
+def _results(references: list[Any]) -> list[Any]:
+    """What tasks give.
+
+    Raises:
+        ResourceError: they find no place, or die.
+        BigsegError: what they raise.
+    """
+    ready, waiting = ray.wait(references, num_returns=len(references), timeout=TASK_TIMEOUT_S)
+    if waiting:
+        raise ResourceError(
+            f"{len(waiting)} of {len(references)} tasks on the cluster did not end within "
+            f"{TASK_TIMEOUT_S:.0f} s: see with `ray status` whether others hold its processors "
+            "and GPUs"
+        )
+    try:
+        return [ray.get(reference) for reference in ready]
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, BigsegError):
+            raise cause from None
+        reason = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
+        raise ResourceError(
+            f"a worker of the cluster cannot work ({reason[0]}): check that its torch sees its GPU"
+        ) from error
+    except RayError as error:
+        reason = str(error).strip().splitlines()
+        raise ResourceError(
+            f"a worker of the cluster died: {reason[0]}; is there enough memory?"
+        ) from error
 
 
 def _resources(*, is_local: bool) -> Cluster:

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from bigseg.errors import ConfigError
+from bigseg.errors import ConfigError, UsageError
+from bigseg.guards import check_location
+from bigseg.plain_yaml import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,9 +37,22 @@ MAX_CONFIG_BYTES = 1 << 20
 LARGEST_STRIDE = 1024
 LARGEST_KERNEL = 63
 
+
+def _without_secret(location: str) -> str:
+    try:
+        return check_location(location)
+    except UsageError as error:
+        # With a type of its own, so that no message shows the value.
+        raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
+
+
+Location = Annotated[str, AfterValidator(_without_secret)]
 Positive = Annotated[int, Field(ge=1)]
 Axes = tuple[int, ...]
+OnBadChunk = Literal["set-aside", "fill"]
 S = TypeVar("S", bound="Settings")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Settings(BaseModel):
@@ -230,7 +254,7 @@ class TrainConfig(Settings):
     border are derived from instance labels, with borders `border_vox` wide.
     """
 
-    images: Annotated[tuple[str, ...], Field(min_length=1)]
+    images: Annotated[tuple[Location, ...], Field(min_length=1)]
     labels: str
     level: Annotated[int, Field(ge=0)] = 0
     channels: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
@@ -262,10 +286,10 @@ class SegmentConfig(Settings):
     `memory` is bytes of main memory for each worker; `transform` is `file.py:function`.
     """
 
-    image: str
-    model: str
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = "bigseg"
-    out: str | None = None
+    image: Location
+    model: Location
+    name: str = "bigseg"
+    out: Location | None = None
     output: Literal["labels", "probabilities"] = "labels"
     prob_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     level: Annotated[int, Field(ge=0)] | None = None
@@ -281,11 +305,22 @@ class SegmentConfig(Settings):
     engine: Literal["auto", "torch", "compiled", "openvino", "tensorrt"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     norm: Literal["volume", "model"] = "volume"
-    mask: str | None = None
+    mask: Location | None = None
     skip_below: float | None = None
     skip_level: Annotated[int, Field(ge=0)] | None = None
     transform: str | None = None
+    on_bad_chunk: OnBadChunk = "set-aside"
     overwrite: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "a name has up to 128 letters from a to z, digits, '.', '_' and '-', and begins "
+                "with a letter or digit; give such a name"
+            )
+        return name
 
 
 def load_train_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -296,43 +331,15 @@ def load_train_config(path: str | Path | None, overrides: Mapping[str, Any]) -> 
             a file that is too large or not YAML.
 
     """
-    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    values: dict[str, Any] = (
+        {} if path is None else read_yaml(Path(path), limit_bytes=MAX_CONFIG_BYTES)
+    )
     return parse_settings(TrainConfig, {**values, **overrides}, source=str(path or "options"))
 
 
 def dump_yaml(settings: Settings) -> str:
     """The settings as YAML that `load_train_config` reads back to an equal value."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(
-                f"configuration {path} has more than {MAX_CONFIG_BYTES} bytes: give a smaller file"
-            )
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {path} cannot be read: {error}; check the path") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"configuration {path} is not valid YAML: {where}; correct it") from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"configuration {path} must be a mapping of settings, such as `steps: 500`"
-        )
-    return values
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses repeated keys; PyYAML silently takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = sorted({str(k) for k in keys if keys.count(k) > 1})
-        if repeated:
-            raise yaml.YAMLError(f"key {repeated[0]!r} is given twice")
-        return super().construct_mapping(node, deep)
 
 
 def parse_settings(model: type[S], values: Mapping[str, Any], *, source: str) -> S:
@@ -360,8 +367,11 @@ def _sentence(model: type[Settings], error: pydantic.ValidationError, source: st
         return f"{source}: unknown setting {key!r}{hint}"
     if first["type"] == "missing":
         return f"{source}: the setting {key!r} is missing; give it"
+    if first["type"] == "location":
+        return f"{source}: {key}: {first['msg']}"
     given = first["input"]
-    plain = isinstance(given, str | int | float | bool | list | tuple)
+    # A location may hold a password.
+    plain = isinstance(given, str | int | float | bool | list | tuple) and "://" not in str(given)
     shown = f" = {reprlib.repr(given)}" if plain else ""
     if isinstance(given, float) and not math.isfinite(given):
         return f"{source}: {key}{shown} is not a finite number; give one"

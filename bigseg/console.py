@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bigseg.errors import BigsegError, UsageError
+from bigseg.guards import check_location, printable, without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bigseg.config import SegmentConfig
 
@@ -46,14 +50,15 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            self._explain(f"unexpected {type(error).__name__}: {error}", verbose=verbose)
+            sentence = without_secrets(f"unexpected {type(error).__name__}: {error}")
+            self._explain(sentence, verbose=verbose)
             sys.exit(1)
 
     @staticmethod
     def _explain(sentence: str, *, verbose: bool) -> None:
-        click.echo(f"error: {sentence}", err=True)
+        click.echo(f"error: {printable(sentence)}", err=True)
         if verbose:
-            click.echo(traceback.format_exc(), err=True)
+            click.echo(printable(traceback.format_exc()), err=True)
 
 
 class Group(click.Group):
@@ -80,8 +85,37 @@ def progress_bar() -> Any:  # noqa: ANN401 - a context manager that gives a Prog
     return make_progress(sys.stderr)
 
 
+@contextmanager
+def first_interrupt_asks() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets; the second interrupts as ever."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        del number, frame
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        # Not through Python's own buffers: the signal may have come in the midst of a write.
+        os.write(2, b"\nstopping after the blocks in flight; once more stops at once\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def absolute(url: str) -> str:
-    """The location as every worker of a cluster reads it, whatever its working directory."""
+    """The location as every worker of a cluster reads it, whatever its working directory.
+
+    Raises:
+        UsageError: it holds a password or the like, which nobody should read in a log.
+    """
+    check_location(url)
     return url if "://" in url or "::" in url else os.path.abspath(url)
 
 
@@ -188,6 +222,13 @@ _SEGMENT_OPTIONS = (
         "--transform",
         metavar="FILE.py:FUNCTION",
         help="From Dask array to Dask array, before the network.",
+    ),
+    click.option(
+        "--on-bad-chunk",
+        type=click.Choice(["set-aside", "fill"]),
+        default="set-aside",
+        show_default=True,
+        help="Chunks of IMAGE that cannot be decoded: leave out their blocks, or read fill values.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace a result that bigseg made."),
 )

@@ -6,7 +6,8 @@ a list of what was compared value by value and damaged byte by byte against Zarr
     bytes ▸ zstd    bytes ▸ blosc    in chunks, or in the inner chunks of shards; Zarr 2 and 3
 
 Everything else is Zarr's own: with zarrs 0.2.3 a part of a damaged chunk under gzip, zlib or crc32c
-is read without a word, big-endian and column-major arrays fail, and only files are fast.
+is read without a word, big-endian and column-major arrays fail, and only files are fast. Of Zarr's
+own codecs blosc is called only for bytes as long as they say, because it reads past their end.
 """
 
 from __future__ import annotations
@@ -14,23 +15,32 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc  # type: ignore[import-untyped]
+from zarr.codecs import BloscCodec, ShardingCodec
+from zarr.codecs._v2 import V2Codec
 from zarr.core import sync
 from zarr.core.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
-    from zarr.abc.codec import CodecPipeline
+    from zarr.abc.codec import Codec, CodecPipeline
+
+    Check = Callable[[Path, Sequence[slice]], None]
 
 # zarrs ends the process when memory runs out, where Zarr raises MemoryError.
 MAX_CHUNK_BYTES = 2**30
+# Of blosc: version, flags, sizes; the last four bytes are the length of the whole.
+BLOSC_HEADER_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,7 @@ class ZarrsPipeline:
     fast: CodecPipeline
     own: CodecPipeline
     chunks: tuple[int, ...]
+    check: Check | None = None
 
     async def read(self, batch_info: Any, out: Any, drop_axes: tuple[int, ...] = ()) -> Any:  # noqa: ANN401
         """Decode chunks into `out`.
@@ -57,6 +68,9 @@ class ZarrsPipeline:
             if drop_axes or not all(_is_box(item) for item in batch):
                 return await self.fast.read(batch, out, drop_axes)
             pieces = [_Piece.of(item, self.chunks) for item in batch]
+            for piece in pieces:
+                if self.check is not None:
+                    self.check(piece.source.store.root / piece.source.path, piece.inside)
             if all(piece.is_exact for piece in pieces):
                 return await self.fast.read(batch, out)
             return await self._read_layers(pieces, out.as_ndarray_like())
@@ -129,21 +143,70 @@ def _layers(pieces: list[_Piece]) -> list[list[_Piece]]:
     return list(groups.values())
 
 
-def decode_fast(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """The array, for reading: decoded by zarrs where that is installed and safe."""
+class WholeBlosc(Blosc):  # type: ignore[misc]
+    """blosc for bytes that are all there: its library trusts their header (numcodecs 0.16)."""
+
+    codec_id = "blosc"
+
+    def decode(self, buf: Any, out: Any = None) -> Any:  # noqa: ANN401 - as numcodecs has it
+        """What was compressed.
+
+        Raises:
+            ValueError: the bytes end before they say.
+        """
+        view = memoryview(buf)
+        header = bytes(view[:BLOSC_HEADER_BYTES])
+        announced = max(BLOSC_HEADER_BYTES, int.from_bytes(header[-4:], "little"))
+        if view.nbytes < announced:
+            raise ValueError(f"it has {view.nbytes} of the {announced} bytes that blosc announces")
+        return super().decode(buf, out)
+
+
+def _guard_blosc(codecs: Iterable[Codec]) -> None:
+    """Let these codecs decode only what is whole."""
+    for codec in codecs:
+        if isinstance(codec, BloscCodec):
+            # Where zarr keeps what it has made once (zarr 3.1.6).
+            vars(codec)["_blosc_codec"] = _whole(codec._blosc_codec)
+        elif isinstance(codec, ShardingCodec):
+            _guard_blosc(codec.codecs)
+        elif isinstance(codec, V2Codec) and isinstance(codec.compressor, Blosc):
+            object.__setattr__(codec, "compressor", _whole(codec.compressor))
+
+
+def _whole(codec: Blosc) -> WholeBlosc:
+    settings = {key: value for key, value in codec.get_config().items() if key != "id"}
+    return WholeBlosc(**settings)
+
+
+def decode_fast(
+    array: zarr.Array[Any], check_of: Callable[[zarr.Array[Any]], Check] | None = None
+) -> zarr.Array[Any]:
+    """The array, for reading: decoded by zarrs where that is installed and safe.
+
+    `check_of` gives what looks at a stored object, and the box wanted of it, before zarrs does.
+    """
+    pipeline: Any = array.async_array.codec_pipeline
+    _guard_blosc(pipeline)
     if _is_safe(array):
         try:
             from zarrs import ZarrsCodecPipeline
         except ImportError:
             return array
         inner = array.async_array
-        fast = ZarrsCodecPipeline.from_array_metadata_and_store(
-            inner.metadata, inner.store_path.store
-        )
-        pipeline = ZarrsPipeline(fast, inner.codec_pipeline, tuple(array.chunks))
+        with warnings.catch_warnings():
+            # What it does not take after all is no news to the user: Zarr reads it.
+            warnings.simplefilter("ignore")
+            fast = ZarrsCodecPipeline.from_array_metadata_and_store(
+                inner.metadata, inner.store_path.store
+            )
+        if fast.impl is None:
+            return array
         # Zarr chooses the pipeline by its configuration, which all threads share: a change for a
         # moment would reach arrays that others open for writing.
-        object.__setattr__(inner, "codec_pipeline", pipeline)
+        check = None if check_of is None else check_of(array)
+        chosen = ZarrsPipeline(fast, pipeline, tuple(array.chunks), check)
+        object.__setattr__(inner, "codec_pipeline", chosen)
     return array
 
 

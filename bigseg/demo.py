@@ -28,7 +28,7 @@ from bigseg.config import (
 )
 from bigseg.errors import InputError
 from bigseg.evaluate import evaluate
-from bigseg.infer_actor import segment_on_ray
+from bigseg.on_ray import segment_on_ray
 from bigseg.sample import TISSUE, make_sample
 from bigseg.train_ddp import train
 from bigseg.view import save_overlay

@@ -9,10 +9,13 @@ leaf is also a builtin, so that callers who know nothing of bigseg can catch it.
     ├── InputError          (ValueError)          3   the input cannot be used
     │   ├── InputNotFoundError (FileNotFoundError)
     │   ├── NotOmeZarrError
+    │   ├── BadChunkError
     │   └── ModelFileError
     ├── IncompleteError     (RuntimeError)        4   finished with blocks set aside
     └── ResourceError       (OSError)             5   no device, no space, no permission
+        ├── StoreError                                a store that cannot be read
         └── OutputError
+            └── LockedError
 """
 
 from typing import ClassVar
@@ -48,6 +51,10 @@ class NotOmeZarrError(InputError):
     """What was given is not an OME-Zarr image."""
 
 
+class BadChunkError(InputError):
+    """A stored chunk of an image cannot be decoded."""
+
+
 class ModelFileError(InputError):
     """A model file is truncated, foreign, or does not fit the image."""
 
@@ -64,5 +71,13 @@ class ResourceError(BigsegError, OSError):
     exit_code = 5
 
 
+class StoreError(ResourceError):
+    """A store does not let its objects be read: no permission, or no answer."""
+
+
 class OutputError(ResourceError):
     """The output cannot be written."""
+
+
+class LockedError(OutputError):
+    """Another run writes this output, or has taken it over."""

@@ -5,16 +5,15 @@
 
 No voxel passes through the driver or Ray's object store. Retries live here and nowhere else: the
 actors have `max_restarts=0, max_task_retries=0`, because Ray's own are spent before a lost node is
-declared dead, or never end on a block that kills its worker.
+declared dead, or never end on a block that kills its worker. A worker that dies, hangs (Ray never
+says so) or fails where others succeed is replaced.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,78 +21,108 @@ import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from bigseg.cluster import Cluster, connect, set_worker_threads
-from bigseg.cuda import gpu_memory
-from bigseg.engine import available_cpus
+from bigseg.cluster import is_lost, set_worker_threads
 from bigseg.errors import BigsegError, ResourceError
 from bigseg.leases import Lease, LeaseBook
 from bigseg.ledger import EMPTY_MARK
-from bigseg.machine import Workers
 from bigseg.plan import Plan
 from bigseg.reports import BlockReport
-from bigseg.segment import SegmentResult, own_resources, segment_at
 from bigseg.stages import Worker
-from bigseg.trial import Trial, time_tile, try_engines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from bigseg.config import SegmentConfig
-    from bigseg.engine import EngineSpec
-    from bigseg.progress import Progress
+    from bigseg.machine import Workers
     from bigseg.transform import Transform
 
 logger = logging.getLogger(__name__)
 
 LEASES_IN_FLIGHT = 2
 START_TIMEOUT_S = 180.0
-# Compiling a network for a trial takes a minute on few processors.
-TASK_TIMEOUT_S = 900.0
+POLL_S = 1.0
+# A worker that fails where others succeed is started again so many times, then given up.
+MAX_BREAKS = 2
 
 
 class SegmentActor:
     """One worker process; holds the network and its open arrays between leases.
 
     Two leases run in it at a time, in threads: the second's blocks are read while the first's are
-    computed.
+    computed. `owner` is the holder of the output's lock, for whom it writes.
     """
 
-    def __init__(self, plan: dict[str, Any], n_threads: int, transform: Transform | None) -> None:
+    def __init__(
+        self,
+        plan: dict[str, Any],
+        n_threads: int,
+        transform: Transform | None,
+        owner: str | None = None,
+    ) -> None:
         set_worker_threads(n_threads)
-        self._worker = Worker(Plan.model_validate(plan), n_threads, transform=transform)
+        self._worker = Worker(
+            Plan.model_validate(plan), n_threads, transform=transform, owner=owner
+        )
         self._lock = threading.Lock()
         self._last_end_s = 0.0
 
-    def prepare(self, stage: str) -> None:
-        """Open what the stage needs; raises what stops it from working at all."""
+    def prepare(self, stage: str) -> str:
+        """Open what the stage needs; raises what stops it from working at all. Gives the node."""
         self._worker.prepare(stage)
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def run(self, stage: str, blocks: tuple[int, ...]) -> tuple[list[BlockReport], float]:
-        """The reports of these blocks, and the seconds that they took by themselves."""
+        """The reports of these blocks, and the seconds that they took by themselves.
+
+        After `stop` those that have not been begun are left out.
+        """
         started = time.perf_counter()
         reports = list(self._worker.run(stage, blocks))
-        reports[-1] = replace(reports[-1], spent=self._worker.take_spent())
+        if reports:
+            reports[-1] = replace(reports[-1], spent=self._worker.take_spent())
         with self._lock:
             # A lease that began behind another one waited for it.
             started = max(started, self._last_end_s)
             self._last_end_s = time.perf_counter()
             return reports, self._last_end_s - started
 
+    def stop(self) -> None:
+        """Begin no further block."""
+        self._worker.stopping.set()
+
 
 @dataclass
 class _Member:
-    """An actor of the pool: what it answers when it is ready, and its leases, oldest first."""
+    """An actor of the pool: what it answers when it is ready, and its leases, oldest first.
+
+    `since_s` is when it began with the oldest, or began to start; `n_breaks` how often the worker
+    in this place failed where others succeeded.
+    """
 
     actor: Any
     starting: Any
     flying: list[tuple[Any, Lease]] = field(default_factory=list)
+    since_s: float = field(default_factory=time.monotonic)
+    node: str = ""
+    n_breaks: int = 0
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether nobody works in this place any more."""
+        return self.actor is None
+
+    @property
+    def waits_s(self) -> float:
+        """How long its answer is awaited."""
+        return time.monotonic() - self.since_s
 
     def takes_more(self, n_leases: int) -> bool:
         """Whether another lease may be sent to it, so that it has at most `n_leases`."""
         return (
-            self.starting is None
+            not self.is_retired
+            and self.starting is None
             and len(self.flying) < n_leases
             and not any(lease.alone for _, lease in self.flying)
         )
@@ -102,15 +131,42 @@ class _Member:
         """What it answers next; an actor answers its oldest lease first. None: nothing is asked."""
         return self.starting or (self.flying[0][0] if self.flying else None)
 
+    def send(self, stage: str, lease: Lease) -> None:
+        """Hand it a lease."""
+        if not self.flying:
+            self.since_s = time.monotonic()
+        self.flying.append((self.actor.run.remote(stage, lease.blocks), lease))
+
+    def answered(self) -> None:
+        """Its oldest lease has come back."""
+        self.flying.pop(0)
+        self.since_s = time.monotonic()
+
+    def leases(self) -> list[Lease]:
+        """What it has in flight."""
+        return [lease for _, lease in self.flying]
+
 
 class RayExecutor:
-    """A pool of actors for one plan; a context manager that ends them."""
+    """A pool of actors for one plan; a context manager that ends them.
 
-    def __init__(self, plan: Plan, workers: Workers, *, transform: Transform | None = None) -> None:
-        self._plan = plan.model_dump(mode="json")
+    `owner` holds the lock of the output. No worker is taken for hanging before `deadline_s`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Workers,
+        *,
+        transform: Transform | None = None,
+        owner: str | None = None,
+        deadline_s: float = 60.0,
+    ) -> None:
+        self._made_with = (plan.model_dump(mode="json"), workers.n_threads, transform, owner)
         self.n_workers = workers.n
+        self.n_deaths = 0
         self._workers = workers
-        self._transform = transform
+        self._deadline_s = deadline_s
         self._pool: list[_Member] = []
         self._deaths_in_a_row = 0
 
@@ -119,27 +175,49 @@ class RayExecutor:
 
     def __exit__(self, *_: object) -> None:
         for member in self._pool:
-            ray.kill(member.actor)
+            if not member.is_retired:
+                ray.kill(member.actor)
         self._pool.clear()
 
-    def run(self, stage: str, pending: NDArray[np.bool_]) -> Iterator[BlockReport]:
+    def run(
+        self,
+        stage: str,
+        pending: NDArray[np.bool_],
+        stopping: threading.Event | None = None,
+    ) -> Iterator[BlockReport]:
         """Reports of all blocks in the order in which they come; errors only after all tries.
+
+        When `stopping` is set, the blocks in flight are finished, and the others are left out.
 
         Raises:
             ResourceError: workers cannot be placed, or keep dying without finishing a block.
         """
+        # Who was given up in the stage before gets another chance in this one.
+        self._pool = [member for member in self._pool if not member.is_retired]
         n_workers = min(self.n_workers, int(np.count_nonzero(pending)))
         while len(self._pool) < n_workers:
             self._pool.append(self._start(stage))
-        book = LeaseBook(pending, len(self._pool))
+        book = LeaseBook(
+            pending, len(self._pool), shortest_deadline_s=self._deadline_s, is_lost=is_lost
+        )
+        stopping = stopping or threading.Event()
+        told = False
         while True:
-            # Everyone gets a first lease before anyone gets a second.
-            for n_leases in range(1, LEASES_IN_FLIGHT + 1):
-                for number, member in enumerate(self._pool):
-                    self._feed(number, member, stage, book, n_leases)
-            if not any(member.flying for member in self._pool) and book.is_empty():
+            if not stopping.is_set():
+                self._feed_all(stage, book)
+            elif not told:
+                told = True
+                for member in self._pool:
+                    if member.flying:
+                        member.actor.stop.remote()
+            flying = any(member.flying for member in self._pool)
+            if not flying and (book.is_empty() or stopping.is_set()):
                 return
-            member = self._next_to_answer()
+            answering = self._next_to_answer()
+            if answering is None:
+                yield from self._replace_hanging(stage, book)
+                continue
+            member = answering
             try:
                 answer = ray.get(member.awaited())
             except RayTaskError as error:
@@ -148,63 +226,125 @@ class RayExecutor:
                     raise error.cause from None
                 raise
             except RayError as error:
-                yield from self._replace(member, stage, book, error)
+                reason = f"its worker died: {str(error).strip().splitlines()[0]}"
+                yield from self._replace_dead(member, stage, book, reason)
                 continue
             if member.starting is not None:
-                member.starting = None
+                member.starting, member.node = None, answer or ""
                 continue
-            self._deaths_in_a_row = 0
-            reports, seconds = answer
-            member.flying.pop(0)
-            # Blocks that are skipped say nothing of how long the others take, nor do failures.
-            if not any(r.error for r in reports):
-                book.done(sum(r.checksum != EMPTY_MARK for r in reports), seconds)
-            for report in reports:
-                if report.error is None or book.failed(report.block):
-                    yield report
+            yield from self._take_answer(member, answer, book)
+            for number in book.broken():
+                self._replace_broken(number, stage, book)
 
-    def _feed(
-        self, number: int, member: _Member, stage: str, book: LeaseBook, n_leases: int
-    ) -> None:
-        while member.takes_more(n_leases):
-            lease = book.next(number, idle=not member.flying)
-            if lease is None:
-                return
-            member.flying.append((member.actor.run.remote(stage, lease.blocks), lease))
+    def _feed_all(self, stage: str, book: LeaseBook) -> None:
+        # Everyone gets a first lease before anyone gets a second.
+        for n_leases in range(1, LEASES_IN_FLIGHT + 1):
+            for number, member in enumerate(self._pool):
+                while member.takes_more(n_leases):
+                    lease = book.next(number, idle=not member.flying)
+                    if lease is None:
+                        break
+                    member.send(stage, lease)
 
-    def _next_to_answer(self) -> _Member:
+    def _take_answer(
+        self, member: _Member, answer: tuple[list[BlockReport], float], book: LeaseBook
+    ) -> Iterator[BlockReport]:
+        reports, seconds = answer
+        number = self._pool.index(member)
+        member.answered()
+        self._deaths_in_a_row = 0
+        # Blocks that are skipped say nothing of how long the others take, nor do failures.
+        if reports and not any(r.error for r in reports):
+            book.done(sum(r.checksum != EMPTY_MARK for r in reports), seconds)
+        for report in reports:
+            if report.error is None:
+                book.succeeded(report.block, number)
+                yield report
+            # What no other try can mend ends the run: it is told at once.
+            elif report.kind == "permanent" or book.failed(
+                report.block, number, is_input=report.kind == "input"
+            ):
+                yield report
+
+    def _next_to_answer(self) -> _Member | None:
+        """A member that has answered; None when nobody does for a while."""
         awaited = {member.awaited(): member for member in self._pool if member.awaited()}
+        if not awaited:
+            time.sleep(POLL_S)
+            return None
+        ready, _ = ray.wait(list(awaited), num_returns=1, timeout=POLL_S)
+        return awaited[ready[0]] if ready else None
+
+    def _replace_hanging(self, stage: str, book: LeaseBook) -> Iterator[BlockReport]:
+        for member in list(self._pool):
+            if not member.flying:
+                continue
+            deadline_s = book.deadline_s(member.leases()[0])
+            if member.waits_s > deadline_s:
+                reason = f"its worker did not answer for {member.waits_s:.0f} s"
+                yield from self._replace_dead(member, stage, book, reason)
         # A worker at work may take long; one that only starts may not.
-        busy = any(member.flying for member in self._pool)
-        timeout = None if busy else START_TIMEOUT_S
-        ready, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout)
-        if not ready:
+        if any(member.flying for member in self._pool):
+            return
+        late = [m for m in self._pool if m.starting and m.waits_s > START_TIMEOUT_S]
+        others = any(not m.is_retired and m.starting is None for m in self._pool)
+        if late and not others:
             raise ResourceError(
                 f"{len(self._pool)} workers of {self._workers.n_threads} CPUs and "
                 f"{self._workers.n_gpus:g} GPUs "
                 f"could not be placed within {START_TIMEOUT_S:.0f} s: ask for fewer with "
                 "--workers, or see with `ray status` what the cluster has"
             )
-        return awaited[ready[0]]
+        for member in late:
+            logger.warning(
+                "a worker found no place within %.0f s: the others go on without it",
+                START_TIMEOUT_S,
+            )
+            self._retire(self._pool.index(member), book)
 
-    def _replace(
-        self, member: _Member, stage: str, book: LeaseBook, error: RayError
+    def _replace_dead(
+        self, member: _Member, stage: str, book: LeaseBook, reason: str
     ) -> Iterator[BlockReport]:
         """Put a new actor in the place of a dead one; gives the blocks that it killed it with."""
+        self.n_deaths += 1
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > 3 * self.n_workers:
             raise ResourceError(
                 f"workers died {self._deaths_in_a_row} times in a row without finishing a block "
-                f"({error}): is there enough memory for {self.n_workers} of them?"
-            ) from error
-        leases = [lease for _, lease in member.flying]
-        reason = f"its worker died: {str(error).strip().splitlines()[0]}"
-        logger.warning("a worker died with %d leases in flight: %s", len(leases), reason)
-        lost = book.died(leases)
+                f"({reason}): is there enough memory for {self.n_workers} of them?"
+            )
+        logger.warning(
+            "a worker is replaced with %d leases in flight: %s", len(member.flying), reason
+        )
         ray.kill(member.actor)
-        self._pool[self._pool.index(member)] = self._start(stage)
+        lost = book.died(member.leases(), node=member.node)
+        self._put(self._pool.index(member), self._start(stage), member.n_breaks)
         for block in lost:
             yield BlockReport(block, error=f"block {block}: {reason}")
+
+    def _replace_broken(self, number: int, stage: str, book: LeaseBook) -> None:
+        """Start a worker again that fails where others succeed, and in the end do without it."""
+        member = self._pool[number]
+        self.n_deaths += 1
+        book.returned(member.leases())
+        logger.warning("a worker fails at blocks that others can do: it is started again")
+        ray.kill(member.actor)
+        if member.n_breaks >= MAX_BREAKS:
+            logger.warning("it failed again and again: the others go on without it")
+            self._retire(number, book)
+        else:
+            self._put(number, self._start(stage), member.n_breaks + 1)
+
+    def _retire(self, number: int, book: LeaseBook) -> None:
+        member = self._pool[number]
+        ray.kill(member.actor)
+        member.actor = member.starting = None
+        member.flying.clear()
+        book.retire(number)
+
+    def _put(self, number: int, member: _Member, n_breaks: int) -> None:
+        member.n_breaks = n_breaks
+        self._pool[number] = member
 
     def _start(self, stage: str) -> _Member:
         remote = ray.remote(SegmentActor).options(
@@ -212,126 +352,8 @@ class RayExecutor:
             num_gpus=self._workers.n_gpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=LEASES_IN_FLIGHT,
+            # One more for `stop`.
+            max_concurrency=LEASES_IN_FLIGHT + 1,
         )
-        actor: Any = remote.remote(self._plan, self._workers.n_threads, self._transform)
+        actor: Any = remote.remote(*self._made_with)
         return _Member(actor, starting=actor.prepare.remote(stage))
-
-
-class OnRay:
-    """The workers of a Ray cluster; a `segment.Place`."""
-
-    def __init__(self, cluster: Cluster, n_workers: int | None) -> None:
-        self._cluster = cluster
-        self._n_workers = n_workers
-        # A private Ray is this machine, whatever number of processors it was told for --workers.
-        self.resources = (
-            own_resources() if cluster.is_local else cluster.resources(_device_bytes(cluster))
-        )
-
-    def try_engines(self, plan: Plan, *, only: tuple[EngineSpec, ...] = ()) -> Trial:
-        """Time engines on a worker: this process may have another processor, and no GPU."""
-        workers = Workers(1, self.resources.n_threads, 1.0 if self._on_gpus else 0.0)
-        trial: Trial = _results([_send(workers, try_engines, plan, only=only)])[0]
-        return trial
-
-    def time_tile(self, plan: Plan) -> float:
-        """Mean seconds of the raw forward pass while all workers are at it."""
-        workers = self.workers(plan)
-        return statistics.fmean(
-            _results([_send(workers, time_tile, plan) for _ in range(workers.n)])
-        )
-
-    def workers(self, plan: Plan) -> Workers:
-        """As many as were asked for, else as the cluster has places and the plan has blocks."""
-        n_gpus = self._cluster.n_gpus
-        if self._on_gpus:
-            n = self._n_workers or min(n_gpus, len(plan.grid))
-            # As many to each GPU: 2/3 of one could be placed once on each, and leave the rest.
-            return Workers(n, self._cluster.cpus_a_worker(n), 1 / -(-n // n_gpus))
-        n = self._n_workers or min(self.resources.n_workers, len(plan.grid))
-        return Workers(n, self._cluster.cpus_a_worker(n))
-
-    def executor(self, plan: Plan, transform: Transform | None) -> RayExecutor:
-        """A pool of actors."""
-        return RayExecutor(plan, self.workers(plan), transform=transform)
-
-    @property
-    def _on_gpus(self) -> bool:
-        return self.resources.device == "cuda"
-
-
-@contextmanager
-def on_ray(config: SegmentConfig) -> Iterator[OnRay]:
-    """The cluster that the user named, or a private Ray of this machine.
-
-    Raises:
-        ResourceError: no cluster answers.
-    """
-    n_cpus = max(available_cpus(), config.workers or 1)
-    with connect(config.address, n_cpus=n_cpus) as cluster:
-        yield OnRay(cluster, config.workers)
-
-
-def segment_on_ray(config: SegmentConfig, progress: Progress) -> SegmentResult:
-    """Segment as `config` says on a Ray cluster, or on a private Ray of this machine.
-
-    Raises:
-        BigsegError: the image, the model, the output or the cluster cannot be used.
-    """
-    with on_ray(config) as place:
-        return segment_at(place, config, progress)
-
-
-def _in_worker(
-    function: Callable[..., Any], plan: dict[str, Any], n_threads: int, options: dict[str, Any]
-) -> Any:  # noqa: ANN401 - what the function gives
-    set_worker_threads(n_threads)
-    return function(Plan.model_validate(plan), n_threads, **options)
-
-
-def _send(workers: Workers, function: Callable[..., Any], plan: Plan, **options: Any) -> Any:  # noqa: ANN401
-    task = ray.remote(_in_worker).options(
-        num_cpus=workers.n_threads, num_gpus=workers.n_gpus, max_retries=0
-    )
-    return task.remote(function, plan.model_dump(mode="json"), workers.n_threads, options)
-
-
-def _results(references: list[Any]) -> list[Any]:
-    """What tasks give.
-
-    Raises:
-        ResourceError: they find no place, or die.
-        BigsegError: what they raise.
-    """
-    ready, waiting = ray.wait(references, num_returns=len(references), timeout=TASK_TIMEOUT_S)
-    if waiting:
-        raise ResourceError(
-            f"{len(waiting)} of {len(references)} tasks on the cluster did not end within "
-            f"{TASK_TIMEOUT_S:.0f} s: see with `ray status` whether others hold its processors "
-            "and GPUs"
-        )
-    try:
-        return [ray.get(reference) for reference in ready]
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, BigsegError):
-            raise cause from None
-        reason = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
-        raise ResourceError(
-            f"a worker of the cluster cannot work ({reason[0]}): check that its torch sees its GPU"
-        ) from error
-    except RayError as error:
-        reason = str(error).strip().splitlines()
-        raise ResourceError(
-            f"a worker of the cluster died: {reason[0]}; is there enough memory?"
-        ) from error
-
-
-def _device_bytes(cluster: Cluster) -> int | None:
-    """Memory of a GPU of the cluster, asked of a worker: this process may have none."""
-    if not cluster.n_gpus:
-        return None
-    asked = ray.remote(gpu_memory).options(num_gpus=1, max_retries=0)
-    n_bytes: int = _results([asked.remote()])[0]
-    return n_bytes

@@ -20,6 +20,7 @@ from zarr.codecs import ZstdCodec
 from bigseg import ngff, store
 from bigseg.blocks import round_up
 from bigseg.errors import InputNotFoundError, NotOmeZarrError, OutputError, UsageError
+from bigseg.lock import holding
 from bigseg.ngff import Level
 
 if TYPE_CHECKING:
@@ -162,14 +163,16 @@ def listed_labels(image_url: str) -> tuple[str, ...]:
 def list_label(image_url: str, name: str) -> None:
     """Name a finished label image in the image's `labels` group; other entries stay.
 
-    Two calls at once on one image can lose an entry: hold a lock.
+    Of several calls at once each waits for the one before, so that no entry is lost.
 
     Raises:
         OutputError: the group cannot be written.
     """
-    names = listed_labels(image_url)
-    if name not in names:
-        _put_labels(image_url, (*names, name))
+    if name not in listed_labels(image_url):
+        with holding(store.join(image_url, "labels")):
+            names = listed_labels(image_url)
+            if name not in names:
+                _put_labels(image_url, (*names, name))
 
 
 def unlist_label(image_url: str, name: str) -> None:
@@ -178,9 +181,10 @@ def unlist_label(image_url: str, name: str) -> None:
     Raises:
         OutputError: the group cannot be written.
     """
-    names = listed_labels(image_url)
-    if name in names:
-        _put_labels(image_url, tuple(n for n in names if n != name))
+    if name in listed_labels(image_url):
+        with holding(store.join(image_url, "labels")):
+            names = listed_labels(image_url)
+            _put_labels(image_url, tuple(n for n in names if n != name))
 
 
 def _put_labels(image_url: str, names: Sequence[str]) -> None:
@@ -188,7 +192,10 @@ def _put_labels(image_url: str, names: Sequence[str]) -> None:
     attributes = image.attrs.asdict()
     version = ngff.parse_multiscale(attributes, where=image_url).version
     zarr_format = image.metadata.zarr_format
-    labels = _open_labels(store.join(image_url, "labels"), zarr_format)
+    url = store.join(image_url, "labels")
+    # Whoever writes the list holds its lock: these are of runs that were killed.
+    store.sweep(url, prefix=".z", deep=False)
+    labels = _open_labels(url, zarr_format)
     old = labels.attrs.asdict()
     new = ngff.labels_attributes(names, version=version)
     if "ome" in new:

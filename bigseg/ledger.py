@@ -1,17 +1,20 @@
 """What is finished: the stored plan and one mark for every block of every stage.
 
-    <output>/ledger/           attributes: plan, finished
+    <output>/ledger/           attributes: plan, finished, record
+    <output>/ledger/troubles.json  why blocks failed, and chunks of the input that were filled
     <output>/ledger/predict    uint32, one value a block: 0 not done, EMPTY_MARK nothing was written
                                because all is background, else a checksum of the written bytes
     <output>/ledger/pyramid-1  ...
 
-Only the driver writes it, and only after a worker's write has returned. Blocks are idempotent, so a
-lost mark costs one block computed again. On disk a block of zeros and a block never written look
+Only the driver writes it, and only after a worker's write has returned; before each write it makes
+sure that the output is still its own (`guard`). Blocks are idempotent, so a lost mark costs one
+block computed again. On disk a block of zeros and a block never written look
 the same: what is done is what the ledger says.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import zlib
 from contextlib import contextmanager
@@ -22,15 +25,19 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from bigseg import store
-from bigseg.errors import OutputError
+from bigseg.errors import InputNotFoundError, OutputError
+from bigseg.guards import check_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
 MARKS_PER_CHUNK = 1 << 16
+# Their marks take a gigabyte of memory.
+MAX_BLOCKS = 1 << 28
 FLUSH_EVERY_S = 5.0
+MAX_TROUBLES_BYTES = 64 << 20
 
 NOT_DONE = 0
 EMPTY_MARK = 0xFFFFFFFF
@@ -42,16 +49,29 @@ def checksum_of(data: bytes | bytearray | memoryview) -> int:
     return {NOT_DONE: 1, EMPTY_MARK: EMPTY_MARK - 1}.get(checksum, checksum)
 
 
-class Ledger:
-    """The marks of one output; `create` a new one or `open` the one that is there."""
+def _nothing() -> None:
+    """The guard of who holds no lock."""
 
-    def __init__(self, url: str, group: zarr.Group, clock: Callable[[], float]) -> None:
+
+class Ledger:
+    """The marks of one output; `create` a new one or `open` the one that is there.
+
+    `guard` is called before everything that is written, and raises where that is not allowed.
+    """
+
+    def __init__(
+        self, url: str, group: zarr.Group, guard: Callable[[], None], clock: Callable[[], float]
+    ) -> None:
         self.url = url
         self._group = group
+        self._guard = guard
         self._clock = clock
         self._flushed_at = clock()
+        self._troubles: dict[str, dict[str, Any]] | None = None
+        self._troubles_changed = False
         self._marks: dict[str, NDArray[np.uint32]] = {}
         self._changed: set[tuple[str, int]] = set()
+        self.is_new = False
 
     @classmethod
     def create(
@@ -60,6 +80,7 @@ class Ledger:
         plan: Mapping[str, Any],
         n_blocks: Mapping[str, int],
         *,
+        guard: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
     ) -> Ledger:
         """An empty ledger at `url` for stages with these numbers of blocks.
@@ -67,6 +88,7 @@ class Ledger:
         Raises:
             OutputError: the place cannot be written.
         """
+        guard()
         with _writing(url):
             # What an earlier creation, cut short, left.
             store.remove(url)
@@ -81,16 +103,25 @@ class Ledger:
                     compressors=[ZstdCodec(level=1, checksum=True)],
                 )
             # Last: a ledger without a plan is one that was never finished being made.
-            group.attrs["plan"] = dict(plan)
-        return cls(url, group, clock)
+            group.attrs.put({"stages": dict(n_blocks), "plan": dict(plan)})
+        ledger = cls(url, group, guard, clock)
+        ledger.is_new = True
+        return ledger
 
     @classmethod
-    def open(cls, url: str, *, clock: Callable[[], float] = time.monotonic) -> Ledger | None:
+    def open(
+        cls,
+        url: str,
+        *,
+        guard: Callable[[], None] = _nothing,
+        clock: Callable[[], float] = time.monotonic,
+        read_only: bool = False,
+    ) -> Ledger | None:
         """The ledger at `url`, or None where there is none."""
         if not store.exists(url) or store.is_empty(url):
             return None
-        group = store.open_group(url, mode="r+")
-        return cls(url, group, clock) if "plan" in group.attrs else None
+        group = store.open_group(url, mode="r" if read_only else "r+")
+        return cls(url, group, guard, clock) if "plan" in group.attrs else None
 
     def discard(self) -> None:
         """Forget everything: what is deleted after this is never taken for finished.
@@ -98,6 +129,7 @@ class Ledger:
         Raises:
             OutputError: it cannot be deleted.
         """
+        self._guard()
         # First in one atomic write, because deleting many files can be cut short.
         with _writing(self.url):
             self._group.attrs.put({})
@@ -111,6 +143,17 @@ class Ledger:
         return dict(plan)
 
     @property
+    def stages(self) -> dict[str, int]:
+        """The stages in order, with their numbers of blocks."""
+        stages = self._group.attrs.get("stages")
+        if isinstance(stages, dict):
+            return {str(name): int(n) for name, n in stages.items()}
+        # Of a ledger that is older than this attribute: their names sort in their order.
+        return {
+            name: self._array(name).shape[0] for name in sorted(self._group.array_keys(), key=_rank)
+        }
+
+    @property
     def is_finished(self) -> bool:
         """Whether every stage is complete and the result has been listed."""
         return bool(self._group.attrs.get("finished", False))
@@ -118,6 +161,7 @@ class Ledger:
     def finish(self, record: Mapping[str, Any]) -> None:
         """Note that the output is complete, with the figures of the run."""
         self.flush()
+        self._guard()
         with _writing(self.url):
             self._group.attrs.update({"finished": True, "record": dict(record)})
 
@@ -153,21 +197,69 @@ class Ledger:
         assert checksum != NOT_DONE, "a finished block has a mark"
         self._of(stage)[block] = checksum
         self._changed.add((stage, block // MARKS_PER_CHUNK))
+        for kind in ("failures", "filled"):
+            if self._troubles_of(kind).pop(_key(stage, block), None) is not None:
+                self._troubles_changed = True
         if self._clock() - self._flushed_at >= FLUSH_EVERY_S:
             self.flush()
+
+    def unmark(self, stage: str, blocks: Iterable[int]) -> None:
+        """Note that blocks are to be done again, and hence that the output is not finished.
+
+        Raises:
+            OutputError: it cannot be noted.
+        """
+        for block in blocks:
+            self._of(stage)[block] = NOT_DONE
+            self._changed.add((stage, block // MARKS_PER_CHUNK))
+        self._guard()
+        with _writing(self.url):
+            self._group.attrs.update({"finished": False})
+        self.flush()
+
+    def fail(self, stage: str, block: int, reason: str) -> None:
+        """Note why a block was set aside; forgotten when it is marked."""
+        self._troubles_of("failures")[_key(stage, block)] = reason
+        self._troubles_changed = True
+
+    @property
+    def failures(self) -> dict[tuple[str, int], str]:
+        """Why blocks were set aside, by stage and block."""
+        return {_stage_and_block(k): str(v) for k, v in self._troubles_of("failures").items()}
+
+    def note_filled(self, stage: str, block: int, keys: Sequence[str]) -> None:
+        """Note chunks of the input for which a block read fill values; called after `mark`."""
+        self._troubles_of("filled")[_key(stage, block)] = list(keys)
+        self._troubles_changed = True
+
+    @property
+    def filled(self) -> list[str]:
+        """The chunks of the input that were filled for some block."""
+        return sorted({str(key) for keys in self._troubles_of("filled").values() for key in keys})
 
     def flush(self) -> None:
         """Write the chunks of marks that changed.
 
         Raises:
             OutputError: they cannot be written; they are kept for the next time.
+            LockedError: the output is no longer this run's.
         """
+        self._guard()
         with _writing(self.url):
+            if self._troubles_changed:
+                text = json.dumps(self._troubles, ensure_ascii=False)
+                store.write_atomic(store.join(self.url, "troubles.json"), text.encode())
+                self._troubles_changed = False
             for stage, chunk in sorted(self._changed):
                 part = slice(chunk * MARKS_PER_CHUNK, (chunk + 1) * MARKS_PER_CHUNK)
                 self._array(stage)[part] = self._of(stage)[part]
         self._changed.clear()
         self._flushed_at = self._clock()
+
+    def _troubles_of(self, kind: str) -> dict[str, Any]:
+        if self._troubles is None:
+            self._troubles = _read_troubles(store.join(self.url, "troubles.json"))
+        return self._troubles.setdefault(kind, {})
 
     def _of(self, stage: str) -> NDArray[np.uint32]:
         if stage not in self._marks:
@@ -175,9 +267,46 @@ class Ledger:
         return self._marks[stage]
 
     def _array(self, stage: str) -> zarr.Array[Any]:
-        array = self._group[stage]
-        assert isinstance(array, zarr.Array)
+        try:
+            array = self._group[stage]
+            assert isinstance(array, zarr.Array)
+            check_array(array, f"{self.url}/{stage}")
+            if array.ndim != 1 or array.shape[0] > MAX_BLOCKS or array.dtype != np.uint32:
+                raise ValueError(f"its shape is {array.shape}, its type {array.dtype}")
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{self.url}/{stage} is damaged or no ledger of bigseg's ({str(error)[:200]}): "
+                "start anew with --overwrite, or choose another place"
+            ) from None
         return array
+
+
+def _key(stage: str, block: int) -> str:
+    return f"{stage}/{block}"
+
+
+def _stage_and_block(key: str) -> tuple[str, int]:
+    stage, _, block = key.partition("/")
+    return stage, int(block)
+
+
+def _rank(stage: str) -> tuple[bool, int]:
+    """`predict` first, then the levels by their number."""
+    level = stage.partition("-")[2]
+    return stage != "predict", int(level) if level.isdecimal() else 0
+
+
+def _read_troubles(url: str) -> dict[str, dict[str, Any]]:
+    try:
+        text = store.read_bytes(url, limit_bytes=MAX_TROUBLES_BYTES)
+    except InputNotFoundError:
+        return {}
+    try:
+        troubles = json.loads(text)
+    except ValueError:
+        # Only what is said of failures depends on it, and those are found again.
+        return {}
+    return troubles if isinstance(troubles, dict) else {}
 
 
 @contextmanager

@@ -19,6 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigseg.errors import InputError, NotOmeZarrError
+from bigseg.groups import explain_group
+from bigseg.groups import image_paths as image_paths
+from bigseg.groups import listed_labels as listed_labels
+from bigseg.guards import shown
 from bigseg.store import join
 from bigseg.units import UNIT_TO_UM as UNIT_TO_UM
 from bigseg.units import canonical_unit
@@ -27,6 +31,10 @@ log = logging.getLogger(__name__)
 
 AXIS_TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 SPATIAL = "zyx"
+# Each level halves the one before it, and no axis has 2^64 voxels.
+MAX_LEVELS = 64
+MAX_CHANNELS = 1 << 16
+MAX_NESTING = 8
 
 _VERSION = re.compile(r"0\.([456])(\.\d+)?(-?(rc|dev|a|b)\d*)?$")
 
@@ -125,19 +133,19 @@ def parse_multiscale(attributes: Mapping[str, Any], *, where: str) -> Multiscale
             to give instead), its version is not 0.4, 0.5 or 0.6, or its axes are not a subset of
             t, c, z, y, x with y and x.
         InputError: a scale is not positive, a path leaves the store, or a transformation is of a
-            kind that a level must not have.
+            kind that a level must not have; or there are more levels than any image has.
     """
     ome = attributes.get("ome")
     ome = ome if isinstance(ome, Mapping) else attributes
     found = ome.get("multiscales")
     if not isinstance(found, Sequence) or not found or not isinstance(found[0], Mapping):
-        raise _explain(attributes, ome, where)
+        raise explain_group(attributes, where)
     try:
         return _parse(found[0], ome, namespaced=ome is not attributes, where=where)
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+    except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise NotOmeZarrError(
-            f"the OME-Zarr metadata of {where} is damaged ({type(error).__name__}: {error}): "
-            "repair it, for example by writing the image again"
+            f"the OME-Zarr metadata of {where} is damaged ({type(error).__name__}: "
+            f"{str(error)[:200]}): repair it, for example by writing the image again"
         ) from None
 
 
@@ -182,51 +190,6 @@ def labels_attributes(names: Sequence[str], *, version: str) -> dict[str, Any]:
     return {"ome": {"version": version, "labels": list(names)}}
 
 
-def listed_labels(attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """The label images that the attributes of a `labels` group list."""
-    ome = attributes.get("ome")
-    found = (ome if isinstance(ome, Mapping) else attributes).get("labels")
-    return tuple(str(n) for n in found) if isinstance(found, Sequence) else ()
-
-
-def _explain(attributes: Mapping[str, Any], ome: Mapping[str, Any], where: str) -> NotOmeZarrError:
-    paths = image_paths(attributes)
-    examples = " or ".join(f"{where}/{p}" for p in paths[:3])
-    if "plate" in ome:
-        return NotOmeZarrError(f"{where} is a plate of {len(paths)} wells: give {examples}")
-    if "well" in ome:
-        return NotOmeZarrError(f"{where} is a well of {len(paths)} images: give {examples}")
-    if "bioformats2raw.layout" in ome or "series" in ome:
-        return NotOmeZarrError(f"{where} is a collection of images: give {examples}")
-    if "labels" in ome:
-        return NotOmeZarrError(f"{where} is a list of label images: give {examples}")
-    if "scene" in ome:
-        return NotOmeZarrError(f"{where} is a scene of several images: give one of them")
-    return NotOmeZarrError(
-        f"{where} is a Zarr group without OME-Zarr metadata (multiscales): check the path, or "
-        "convert the image with `bigseg convert`"
-    )
-
-
-def image_paths(attributes: Mapping[str, Any]) -> list[str]:
-    """Where in a plate, a well, a collection or a `labels` group images are, at least the first.
-
-    Of each well of a plate the first image is named, '<well>/0'.
-    """
-    ome = attributes.get("ome")
-    ome = ome if isinstance(ome, Mapping) else attributes
-    try:
-        if "plate" in ome:
-            return [f"{well['path']}/0" for well in ome["plate"]["wells"]]
-        if "well" in ome:
-            return [str(image["path"]) for image in ome["well"]["images"]]
-        if "series" in ome:
-            return [str(path) for path in ome["series"]]
-    except (KeyError, TypeError):
-        return []
-    return ["0"] if "bioformats2raw.layout" in ome else list(listed_labels(attributes))
-
-
 def _parse(
     ms: Mapping[str, Any], ome: Mapping[str, Any], *, namespaced: bool, where: str
 ) -> Multiscale:
@@ -234,6 +197,11 @@ def _parse(
     datasets = ms["datasets"]
     if not datasets:
         raise NotOmeZarrError(f"{where} lists no resolution level: write the image again")
+    if len(datasets) > MAX_LEVELS:
+        raise InputError(
+            f"{where} lists {len(datasets)} levels, more than the {MAX_LEVELS} that an image can "
+            "have: write the image again"
+        )
     axes = _axes(_raw_axes(ms, version), where)
     outer = [] if version == "0.6" else ms.get("coordinateTransformations") or []
     levels, has_scale = [], True
@@ -241,6 +209,9 @@ def _parse(
         inner = dataset.get("coordinateTransformations") or []
         has_scale = has_scale and (version == "0.6" or any(t.get("type") == "scale" for t in inner))
         scale, translation = _fold([*inner, *outer], len(axes), where)
+        # Also what several finite numbers multiply to.
+        scale = _vector(scale, len(axes), "scale", where)
+        translation = _vector(translation, len(axes), "translation", where)
         levels.append(Level(_level_path(dataset["path"], where), scale, translation))
     if not has_scale:
         log.warning("%s has levels without a scale: voxel size taken as 1 without unit", where)
@@ -262,7 +233,7 @@ def _version(ome: Mapping[str, Any], ms: Mapping[str, Any], *, namespaced: bool,
     match = _VERSION.match(text)
     if match is None:
         raise NotOmeZarrError(
-            f"{where} is of OME-Zarr version {text}; bigseg reads 0.4, 0.5 and 0.6: "
+            f"{where} is of OME-Zarr version {text[:40]}; bigseg reads 0.4, 0.5 and 0.6: "
             "convert it to 0.5"
         )
     return f"0.{match[1]}"
@@ -285,22 +256,22 @@ def _axes(raw: Sequence[Mapping[str, Any]], where: str) -> tuple[Axis, ...]:
         name, kind, unit = str(entry["name"]), entry.get("type"), entry.get("unit")
         if name not in AXIS_TYPES or kind not in (None, AXIS_TYPES[name]):
             raise NotOmeZarrError(
-                f"{where} has an axis {name!r} of type {kind!r}; bigseg reads time t, channel c "
-                "and space z, y, x: write the image with those axes only"
+                f"{where} has an axis {shown(name)} of type {shown(kind)}; bigseg reads time t, "
+                "channel c and space z, y, x: write the image with those axes only"
             )
         axes.append(Axis(name, kind, canonical_unit(str(unit)) if unit else None))
     names = "".join(a.name for a in axes)
     rank = ["tc".find(n) % 3 for n in names]
     if len(set(names)) != len(names) or not {"y", "x"} <= set(names) or rank != sorted(rank):
         raise NotOmeZarrError(
-            f"{where} has the axes {','.join(names)}; they must be different, in the order time, "
-            "channel, space, and hold y and x: write the image with such axes"
+            f"{where} has the axes {','.join(names[:20])}; they must be different, in the order "
+            "time, channel, space, and hold y and x: write the image with such axes"
         )
     return tuple(axes)
 
 
 def _fold(
-    transformations: Sequence[Mapping[str, Any]], n: int, where: str
+    transformations: Sequence[Mapping[str, Any]], n: int, where: str, depth: int = 0
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """One scale and one translation that do what the list does, in order."""
     scale, translation = (1.0,) * n, (0.0,) * n
@@ -309,16 +280,16 @@ def _fold(
         if kind == "identity":
             continue
         s, t = (1.0,) * n, (0.0,) * n
-        if kind == "sequence":
-            s, t = _fold(entry["transformations"], n, where)
+        if kind == "sequence" and depth < MAX_NESTING:
+            s, t = _fold(entry["transformations"], n, where, depth + 1)
         elif kind == "scale" and "scale" in entry:
             s = _vector(entry["scale"], n, "scale", where)
         elif kind == "translation" and "translation" in entry:
             t = _vector(entry["translation"], n, "translation", where)
         else:
             raise InputError(
-                f"{where} places a level by a transformation {kind!r}; a level may have a scale "
-                "and a translation: write the image with those"
+                f"{where} places a level by a transformation {shown(kind)}; a level may have a "
+                "scale and a translation: write the image with those"
             )
         scale = tuple(a * b for a, b in zip(scale, s, strict=True))
         translation = tuple(a * b + c for a, b, c in zip(translation, s, t, strict=True))
@@ -328,20 +299,16 @@ def _fold(
 def _vector(values: Sequence[Any], n: int, kind: str, where: str) -> tuple[float, ...]:
     try:
         vector = tuple(float(v) for v in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         vector = (math.nan,)
     bad = any(not math.isfinite(v) or (kind == "scale" and v <= 0) for v in vector)
     if len(vector) != n or bad:
         rule = "positive numbers" if kind == "scale" else "finite numbers"
         raise InputError(
-            f"{where} has the {kind} {str(values)[:100]}; it must be {n} {rule}, one "
+            f"{where} has the {kind} {shown(values)}; it must be {n} {rule}, one "
             "for each axis: correct the metadata"
         )
     return vector
-
-
-def _pick(values: tuple[float, ...], keep: Sequence[int]) -> tuple[float, ...]:
-    return tuple(values[i] for i in keep)
 
 
 def _level_path(path: object, where: str) -> str:
@@ -357,7 +324,7 @@ def _channels(ome: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     return tuple(
         str(entry.get("label") or i) if isinstance(entry, Mapping) else str(i)
-        for i, entry in enumerate(entries)
+        for i, entry in enumerate(entries[:MAX_CHANNELS])
     )
 
 

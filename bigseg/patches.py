@@ -24,7 +24,6 @@ import torch
 
 from bigseg.augment import PatchFrame, augment, input_shape
 from bigseg.blocks import Region, Vec, mirrored_axis
-from bigseg.errors import InputError
 from bigseg.predict import read_mirrored
 from bigseg.statistics import normalise
 from bigseg.targets import IGNORE
@@ -151,7 +150,7 @@ class PatchSampler:
         """The batch of one step on one rank.
 
         Raises:
-            InputError: an image holds values that are not finite, or labels not allowed.
+            InputError: the annotations hold labels that are not allowed.
         """
         raw = [self._draw(step, rank, i) for i in range(self.plan.batch)]
         image = torch.from_numpy(np.stack([r.image for r in raw])).to(self._device)
@@ -234,12 +233,6 @@ class _Reader:
     def read_image(self, region: Region) -> NDArray[np.float32]:
         """Network input (c, t, z, y, x) of any region, mirrored outside the volume."""
         data = read_mirrored(self.image, region, self.channels)
-        if data.dtype.kind == "f" and not np.isfinite(data).all():
-            where = ", ".join(map(str, region.start))
-            raise InputError(
-                f"{self.source.volume.url} holds values that are not finite in the patch at "
-                f"(t, z, y, x) = ({where}): replace them, or train on a region without them"
-            )
         return normalise(data, self.source.constants)
 
     def read_target(self, region: Region) -> NDArray[np.int16]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from bigseg import store
 from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
-from bigseg.config import ModelCard, NormConstants, Settings
+from bigseg.config import ModelCard, NormConstants, OnBadChunk, Settings
 from bigseg.cost import MemoryModel
 from bigseg.empty import EmptyRule
 from bigseg.engine import EngineSpec
@@ -36,6 +36,9 @@ BLOCK_BYTES = 1 << 24
 PREDICT = "predict"
 # What a plan says that does not decide a byte.
 HOW = ("engine_reason", "flops_a_second", "beam", "memory_bytes", "cache_bytes")
+# A block that was finished is the same with either rule, unless the ledger lists what was filled
+# of its input: so a run that met a bad chunk can go on with the other.
+EITHER = ("on_bad_chunk",)
 
 
 class SourcePlan(Settings):
@@ -109,6 +112,7 @@ class Plan(Settings):
     constants: NormConstants
     transform: TransformPlan | None = None
     empty: EmptyRule | None = None
+    on_bad_chunk: OnBadChunk = "set-aside"
     tile: Vec
     core: Vec
     beam: tuple[int, int]
@@ -149,7 +153,7 @@ class Plan(Settings):
         ]
 
     def _deciding(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude=set(HOW))
+        return self.model_dump(mode="json", exclude={*HOW, *EITHER})
 
 
 def geometry_of(plan: Plan, card: ModelCard) -> TileGeometry:

@@ -10,6 +10,7 @@ with the same plan.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from bigseg.cost import MemoryModel, default_beam, default_tile
 from bigseg.empty import identity_of, make_rule
 from bigseg.engine import resolve_engine
 from bigseg.errors import InputError, UsageError
+from bigseg.filling import SourceVolume
+from bigseg.ledger import MAX_BLOCKS
 from bigseg.plan import BLOCK_BYTES, HOW, ModelPlan, OutputPlan, Plan, SourcePlan, grow_to
 from bigseg.predict import tile_geometry
 from bigseg.statistics import norm_constants
@@ -95,6 +98,7 @@ def make_plan(
             skip_below=config.skip_below,
             skip_level=config.skip_level,
         ),
+        on_bad_chunk=config.on_bad_chunk,
         tile=tile,
         core=_choose_core(asked, source, tile, output.write_unit),
         beam=(1, 1),
@@ -104,22 +108,49 @@ def make_plan(
         region_stop=region.stop,
         output=output,
     )
+    _check_number(plan)
     order = _choose_order(asked, plan, source, memory)
     constants = _choose_constants(asked, plan, source, transform)
     return plan.model_copy(update={**order, "constants": constants})
 
 
+def _check_number(plan: Plan) -> None:
+    if (n_blocks := math.prod(plan.grid.shape)) > MAX_BLOCKS:
+        raise UsageError(
+            f"{plan.source.url} would be {n_blocks} blocks, more than {MAX_BLOCKS}: choose a "
+            "--region, a coarser --level or a larger --block"
+        )
+
+
 def locate_output(config: SegmentConfig) -> str:
-    """Where the output lies: `--out`, else among the labels of the image.
+    """Where the output lies: `--out`, else among the labels of the image, which must be there.
 
     Raises:
-        UsageError: the image itself lies there.
+        InputError: there is no such image; so nothing is made at a path that was mistyped.
+        UsageError: the image itself lies there, or it lies in the image, where only labels go.
+        OutputError: it is a link, or behind one inside the image.
     """
-    image = config.image.rstrip("/") or config.image
+    image = open_volume(config.image).url
     url = config.out or store.join(image, "labels", config.name)
-    if f"{image}/".startswith(f"{url.rstrip('/')}/"):
-        raise UsageError(f"--out {url} holds the image itself: say another place for the output")
-    return url
+    store.check_no_links(url)
+    if config.out is None:
+        return url
+    inner, outer = _real(image), _real(config.out)
+    if f"{inner}/".startswith(f"{outer}/"):
+        raise UsageError(
+            f"--out {config.out} holds the image itself: say another place for the output"
+        )
+    if f"{outer}/".startswith(f"{inner}/"):
+        raise UsageError(
+            f"--out {config.out} lies inside the image {image}: say another place for the output, "
+            "or leave out --out and give labels beside the image a --name"
+        )
+    return config.out
+
+
+def _real(url: str) -> str:
+    """The location without links, as far as this machine can tell."""
+    return os.path.realpath(url.removeprefix("file://")) if store.is_local(url) else url.rstrip("/")
 
 
 def _with_memory(config: SegmentConfig, resources: Resources) -> Resources:
@@ -138,7 +169,7 @@ def _choose_source(config: SegmentConfig, card: ModelCard) -> Volume:
             f"{config.image} is a 2-D image ({volume.spatial_axes}), {config.model} a 3-D model: "
             "train a 2-D model (bigseg train --dims 2), or give a volume with a z axis"
         )
-    return volume
+    return SourceVolume.of(volume, config.on_bad_chunk)
 
 
 def _choose_channels(asked: _Asked, source: Volume, transform: Transform | None) -> tuple[int, ...]:
@@ -169,7 +200,7 @@ def _choose_region(config: SegmentConfig, source: Volume) -> Region:
         if config.time >= source.shape[0]:
             raise UsageError(
                 f"--time {config.time}: the image has {source.shape[0]} time points, "
-                f"0 to {source.shape[0] - 1}"
+                f"0 to {source.shape[0] - 1}: choose one of those, or leave --time out"
             )
         region = Region((config.time, *region.start[1:]), (config.time + 1, *region.stop[1:]))
     return region

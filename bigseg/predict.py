@@ -78,7 +78,7 @@ def tile_geometry(spec: UNetSpec, tile: Sequence[int]) -> TileGeometry:
     if any(n < 1 or n % s for n, s in zip(spatial, mark.stride, strict=True)) or tile[0] != 1:
         raise UsageError(
             f"a tile of {tuple(tile)} (t, z, y, x) does not fit the network: its sides must be "
-            f"multiples of its stride {mark.stride}, and it has one time point"
+            f"multiples of its stride {mark.stride}, and it has one time point: give such a --tile"
         )
     lead = tuple(tile[: 4 - spec.dims])
     return TileGeometry(

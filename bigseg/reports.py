@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from bigseg.errors import BigsegError
+from bigseg.errors import BigsegError, InputError, LockedError
+from bigseg.patience import is_permanent, is_transient
 
 if TYPE_CHECKING:
     from bigseg.blocks import Block
@@ -62,13 +63,18 @@ class Spent:
 class BlockReport:
     """What a worker says of a block: the mark of what it wrote, or why it could not.
 
-    `spent` is what the worker spent since it last said so, in some of its reports.
+    `kind` of an error: `input` is the same for every worker, `store` may pass but did not in time,
+    `permanent` ends the run. `filled` are
+    the chunks of the input for which it read fill values, because they cannot be decoded. `spent`
+    is what the worker spent since it last said so, in some of its reports.
     """
 
     block: int
     checksum: int = 0
     error: str | None = None
     details: str | None = None
+    kind: Literal["", "input", "store", "permanent"] = ""
+    filled: tuple[str, ...] = ()
     spent: Spent | None = None
 
 
@@ -81,5 +87,16 @@ def report_of(outcome: Outcome[Block, int]) -> BlockReport:
     reason = str(error) if isinstance(error, BigsegError) else f"{type(error).__name__}: {error}"
     details = "".join(traceback.format_exception(error))
     return BlockReport(
-        outcome.item.index, error=f"block {outcome.item.core}: {reason}", details=details
+        outcome.item.index,
+        error=f"block {outcome.item.core}: {reason}",
+        details=details,
+        kind=_kind_of(error),
     )
+
+
+def _kind_of(error: BaseException) -> Literal["", "input", "store", "permanent"]:
+    if is_permanent(error) or isinstance(error, LockedError):
+        return "permanent"
+    if is_transient(error):
+        return "store"
+    return "input" if isinstance(error, InputError) else ""

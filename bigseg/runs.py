@@ -101,7 +101,16 @@ class Journal:
             text = store.read_bytes(url, limit_bytes=MAX_JOURNAL_BYTES).decode()
         except InputNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            lines = [json.loads(line) for line in text.splitlines()]
+            if all(isinstance(line["step"], int) for line in lines):
+                return lines
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise InputError(
+            f"{url} is damaged, it is not the journal that a run wrote: delete it, and the run "
+            "goes on with a new one"
+        )
 
     def add(self, **values: Any) -> None:  # noqa: ANN401
         """Note a line; `write` stores it."""

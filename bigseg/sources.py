@@ -119,7 +119,9 @@ class _Tiff:
             self._file = tifffile.TiffFile(path)
             series = self._file.series[0]
         except (tifffile.TiffFileError, IndexError, OSError) as error:
-            raise InputError(f"{path} is no TIFF file that can be read: {error}") from None
+            raise InputError(
+                f"{path} is no TIFF file that can be read ({error}): save it again"
+            ) from None
         self.shape: tuple[int, ...] = tuple(series.shape)
         self.dtype: np.dtype[Any] = np.dtype(series.dtype).newbyteorder("=")
         self.axes = _tiff_axes(series.axes)
@@ -189,7 +191,9 @@ class _Png:
                 f"{self.name} is too large for a PNG: save it as a tiled TIFF"
             ) from None
         except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.name} is no PNG file that can be read: {error}") from None
+            raise InputError(
+                f"{self.name} is no PNG file that can be read ({error}): save it again"
+            ) from None
 
 
 class _Hdf5:
@@ -202,7 +206,9 @@ class _Hdf5:
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:
-            raise InputError(f"{path} is no HDF5 file that can be read: {error}") from None
+            raise InputError(
+                f"{path} is no HDF5 file that can be read ({error}): save it again"
+            ) from None
         found = self._file.get(dataset) if dataset.strip("/") else None
         if not isinstance(found, h5py.Dataset):
             names: list[str] = []

@@ -6,9 +6,11 @@ gives small reports; voxels go storage -> worker -> storage.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,7 +20,10 @@ from bigseg.checkpoint import load_model
 from bigseg.cost import DEPTH, Depth
 from bigseg.decoding import set_codec_threads
 from bigseg.empty import EmptySpace, both, keep_of_absent
+from bigseg.errors import BadChunkError
+from bigseg.filling import SourceVolume
 from bigseg.ledger import EMPTY_MARK, checksum_of
+from bigseg.lock import check_owner
 from bigseg.pipeline import Clock, Pipeline
 from bigseg.plan import PREDICT, Plan, geometry_of, pyramid_grid
 from bigseg.predict import mirrored
@@ -39,6 +44,10 @@ if TYPE_CHECKING:
     from bigseg.pyramid import Method
 
 
+class _LeftOut(Exception):
+    """A block that was read ahead, and is not needed any more."""
+
+
 class Stage(Protocol):
     """One stage of the way: a grid of blocks, each read, worked on and written."""
 
@@ -54,6 +63,9 @@ class Stage(Protocol):
     def write(self, block: Block, result: Any) -> int:  # noqa: ANN401
         """Write it; returns its mark."""
 
+    def take_filled(self, block: Block) -> tuple[str, ...]:
+        """The chunks of the input that cannot be decoded and were filled for this block."""
+
     def spent(self, clock: Clock) -> Spent:
         """What was spent so far, given the times of the working thread."""
 
@@ -61,12 +73,23 @@ class Stage(Protocol):
 class Worker:
     """Carries out blocks of a plan's stages in this process, with `n_threads` for the network.
 
-    `transform` is the user's function where the plan has one. A context manager that ends its
+    `transform` is the user's function where the plan has one. `owner` holds the lock of the output:
+    a worker whose run was taken for dead, and replaced, writes nothing more. Once `stopping` is
+    set, blocks are left out unless the network has begun with them. A context manager that ends its
     threads.
     """
 
-    def __init__(self, plan: Plan, n_threads: int, *, transform: Transform | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        n_threads: int,
+        *,
+        transform: Transform | None = None,
+        owner: str | None = None,
+    ) -> None:
+        self.stopping = threading.Event()
         self._plan = plan
+        self._owner = owner
         self._n_threads = n_threads
         self._transform = transform
         set_codec_threads(n_threads)
@@ -93,7 +116,11 @@ class Worker:
         Several calls may run at once, in threads: the next ones' blocks are read ahead.
         """
         current, pipeline = self._open(stage)
-        return map(report_of, pipeline.run(current.grid[i] for i in blocks))
+        wanted = itertools.takewhile(lambda _: not self.stopping.is_set(), blocks)
+        for outcome in pipeline.run(current.grid[i] for i in wanted):
+            filled = current.take_filled(outcome.item)
+            if not isinstance(outcome.error, _LeftOut):
+                yield replace(report_of(outcome), filled=filled)
 
     def prepare(self, stage: str) -> None:
         """Open what the stage needs.
@@ -111,6 +138,16 @@ class Worker:
             said, self._said = self._said, now
             return now - said
 
+    def _work(self, stage: Stage, block: Block, data: Any) -> Any:  # noqa: ANN401
+        if self.stopping.is_set():
+            raise _LeftOut
+        return stage.work(block, data)
+
+    def _write(self, stage: Stage, block: Block, result: Any) -> int:  # noqa: ANN401
+        if self._owner is not None:
+            check_owner(self._plan.output.url, self._owner)
+        return stage.write(block, result)
+
     def _open(self, name: str) -> tuple[Stage, Pipeline[Block, int]]:
         with self._lock:
             if name not in self._stages:
@@ -119,8 +156,8 @@ class Worker:
                 depth = stage.depth
                 pipeline = Pipeline(
                     stage.read,
-                    stage.work,
-                    stage.write,
+                    partial(self._work, stage),
+                    partial(self._write, stage),
                     ahead=depth.ahead,
                     behind=depth.behind,
                     n_readers=depth.n_readers,
@@ -167,14 +204,16 @@ class PredictStage:
         net, card = load_model(plan.model.url)
         self._plan = plan
         self._geometry = geometry_of(plan, card)
-        self._source = open_volume(plan.source.url, level=plan.source.level)
+        source = open_volume(plan.source.url, level=plan.source.level)
+        self._source = SourceVolume.of(source, plan.on_bad_chunk)
         self._output = open_volume(plan.output.url)
         self._transform = transform
         self._cache = ChunkCache(self._source, plan.source.channels, budget_bytes=plan.cache_bytes)
         rule = plan.empty
-        self._empty = rule and EmptySpace(rule, self._source, plan.source.channels)
+        self._empty = rule and EmptySpace(rule, source, plan.source.channels)
         self._predictor = _make_predictor(plan, net, self._geometry, n_threads)
         self._written = _Counter()
+        self._filled: dict[int, tuple[str, ...]] = {}
         self.grid, self.depth = plan.grid, DEPTH[plan.engine.device]
 
     def read(self, block: Block) -> _Kept | None:
@@ -184,7 +223,10 @@ class PredictStage:
         if keep is False:
             return None
         absent: list[Region] = []
-        raw = mirrored(self._reader(absent), self._source.shape, self._geometry.grown(inside))
+        filled: set[str] = set()
+        read = self._reader(absent, filled)
+        raw = mirrored(read, self._source.shape, self._geometry.grown(inside))
+        self._filled[block.index] = tuple(sorted(filled))
         keep = both(keep, keep_of_absent(inside, absent))
         return None if keep is False else _Kept(self._predictor.load(raw), keep)
 
@@ -223,15 +265,20 @@ class PredictStage:
             bytes_written=self._written.total,
         )
 
+    def take_filled(self, block: Block) -> tuple[str, ...]:
+        """The chunks of the input that were filled for a block, told once."""
+        return self._filled.pop(block.index, ())
+
     def _inside(self, block: Block) -> Region:
         return block.core.intersect(self._plan.region)
 
-    def _reader(self, absent: list[Region]) -> Callable[[Region], NDArray[Any]]:
-        """Reads a region inside the volume, transformed; notes what the store does not have."""
+    def _reader(self, absent: list[Region], filled: set[str]) -> Callable[[Region], NDArray[Any]]:
+        """Reads a region inside the volume, transformed; notes what is not stored or was filled."""
 
         def read(region: Region) -> NDArray[Any]:
             reading = self._cache.read(region)
             absent.extend(reading.absent)
+            filled.update(self._source.filled_in(region, self._plan.source.channels))
             return reading.data
 
         if self._transform is None or self._plan.transform is None:
@@ -270,7 +317,12 @@ class PyramidStage:
             coarse_shape=self._coarse.shape,
             rule=self._rule,
         )
-        data = self._fine.read(needed, range(self._fine.n_channels))
+        try:
+            data = self._fine.read(needed, range(self._fine.n_channels))
+        except BadChunkError as error:
+            raise BadChunkError(
+                f"{error}, or let `bigseg verify {self._fine.url}` find what must be made again"
+            ) from error
         self._fetched.add(data.nbytes)
         return downsample(
             data,
@@ -280,6 +332,11 @@ class PyramidStage:
             rule=self._rule,
             method=self._method,
         )
+
+    def take_filled(self, block: Block) -> tuple[str, ...]:
+        """None: what it reads is the result itself."""
+        del block
+        return ()
 
     def work(self, block: Block, data: NDArray[Any]) -> NDArray[Any]:
         """Nothing is left to do."""

@@ -2,10 +2,14 @@
 
 The constants come from the whole volume, never from a block: a statistic of a block would make the
 result depend on where the blocks lie (Buglakova et al., ICCV 2025, arXiv 2503.19545).
+
+A voxel that is not finite (NaN, inf, or beyond float32) has one meaning everywhere: the network
+sees the offset in its place, and no statistic counts it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,9 +28,13 @@ if TYPE_CHECKING:
 
     from bigseg.blocks import Vec
 
+logger = logging.getLogger(__name__)
+
 ENOUGH_VOXELS = 1 << 20
 MOST_VOXELS = 1 << 27
 READ_VOXELS = 1 << 20, 1 << 24
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 N_BINS = 1 << 16
 
 
@@ -39,9 +47,11 @@ def normalise(data: NDArray[Any], constants: NormConstants) -> NDArray[np.float3
     # Offsets are subtracted before the multiplication, in float32, as the network sees them.
     offset = np.asarray(constants.offset, np.float32).reshape(shape)
     factor = (1.0 / np.asarray(constants.scale, np.float64)).astype(np.float32).reshape(shape)
-    result = data.astype(np.float32)
-    result -= offset
-    result *= factor
+    # A value beyond float32 becomes infinite, and so the offset.
+    with np.errstate(over="ignore"):
+        result = data.astype(np.float32)
+        result -= offset
+        result *= factor
     if data.dtype.kind == "f":
         result[~np.isfinite(result)] = 0
     return result
@@ -74,10 +84,11 @@ def norm_constants(volume: Measurable, rule: NormRule, channels: Sequence[int]) 
     Measured on the coarsest level that still has 2^20 voxels (never finer than the volume's own);
     where that level has more than 2^27, on every k-th of its blocks, k as small as that allows.
     Percentiles are exact for integers of up to 16 bits, else to 1/65536 of the range. Values that
-    are not finite are left out.
+    are not finite are left out, and a warning says how many there are.
 
     Raises:
-        InputError: the volume is constant or has no finite value.
+        InputError: the volume is constant, has no finite value, or a range beyond float32.
+        BadChunkError: a chunk that is measured cannot be decoded.
     """
     if rule.kind == "fixed":
         n = len(channels)
@@ -114,10 +125,6 @@ class _Histogram:
 def _histogram(volume: Measurable, channel: int) -> _Histogram:
     regions = _sampled_regions(volume)
     low, high = _range_of(volume, channel, regions)
-    if not low <= high:
-        raise InputError(
-            f"{volume.url} has no finite value in channel {channel}: there is nothing to normalise"
-        )
     exact = volume.dtype.kind in "biu" and high - low < N_BINS
     n_bins = int(high - low) + 1 if exact else N_BINS
     count = dask.delayed(_count_exactly if exact else _count_in_bins)
@@ -153,22 +160,53 @@ def _block_to_read(volume: Measurable) -> Vec:
 
 
 def _range_of(volume: Measurable, channel: int, regions: list[Region]) -> tuple[float, float]:
-    """Smallest and largest finite value; of integers exact, and what a narrow type can hold."""
+    """Smallest and largest finite value; of integers exact, and what a narrow type can hold.
+
+    Raises:
+        InputError: there is no finite value, or the range is beyond float32.
+    """
     dtype = volume.dtype
     if dtype.kind == "b" or (dtype.kind in "ui" and dtype.itemsize <= 2):
         info = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
         return info.min, info.max
     extremes = dask.delayed(_extremes)
-    pairs = dask.compute(*[extremes(volume, region, channel) for region in regions])
-    return min(p[0] for p in pairs), max(p[1] for p in pairs)
+    found = dask.compute(*[extremes(volume, region, channel) for region in regions])
+    low, high = min(e.low for e in found), max(e.high for e in found)
+    n_not_finite, n_voxels = sum(e.n_not_finite for e in found), sum(r.n_voxels for r in regions)
+    if n_not_finite == n_voxels:
+        raise InputError(
+            f"channel {channel} of {volume.url} has no finite value in the {n_voxels} voxels of "
+            f"level {volume.level} that are measured: check the channel and the level, or copy the "
+            "image again"
+        )
+    if n_not_finite:
+        logger.warning(
+            "channel %d of %s: %d of the %d voxels of level %d that are measured are not finite "
+            "(NaN or infinite); the network sees the offset in their place",
+            *(channel, volume.url, n_not_finite, n_voxels, volume.level),
+        )
+    if high - low > FLOAT32_MAX or max(-low, high) > FLOAT32_MAX:
+        raise InputError(
+            f"channel {channel} of {volume.url} has values from {low:g} to {high:g}, beyond what "
+            "float32 holds: rescale the image"
+        )
+    return low, high
 
 
-def _extremes(volume: Measurable, region: Region, channel: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Extremes:
+    low: float
+    high: float
+    n_not_finite: int
+
+
+def _extremes(volume: Measurable, region: Region, channel: int) -> _Extremes:
     values = volume.read(region, [channel])
     if values.dtype.kind in "iu":
-        return int(values.min()), int(values.max())
+        return _Extremes(int(values.min()), int(values.max()), 0)
     finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
+    ends = (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
+    return _Extremes(*ends, values.size - finite.size)
 
 
 def _count_exactly(
@@ -202,9 +240,23 @@ def _constants_of(
     values, counts = histogram.centres[present], histogram.counts[present]
     if len(values) < 2:
         raise InputError(
-            f"channel {channel} of {volume.url} has the same value ({values[0]:g}) everywhere: "
-            "there is no contrast to normalise; check the channel, level and time point"
+            f"channel {channel} of {volume.url} has the same value ({values[0]:g}) everywhere, so "
+            "that there is no contrast to normalise: check the channel, level and time point, or "
+            "take the constants of the model (segment with --norm model)"
         )
+    offset, scale = _offset_and_scale(values, counts, rule)
+    # Its inverse must be a float32.
+    if scale < FLOAT32_TINY:
+        raise InputError(
+            f"channel {channel} of {volume.url} has values from {values[0]:g} to {values[-1]:g}, "
+            "which float32 does not tell apart: rescale the image"
+        )
+    return offset, scale
+
+
+def _offset_and_scale(
+    values: NDArray[np.float64], counts: NDArray[np.int64], rule: NormRule
+) -> tuple[float, float]:
     if rule.kind == "meanstd":
         mean = float(np.average(values, weights=counts))
         return mean, float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))

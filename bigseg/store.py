@@ -1,16 +1,13 @@
 """Bytes and Zarr nodes on any store: a local path or any fsspec URL. It knows no OME metadata.
 
-What is opened was written by others: names that leave the store, metadata documents too large to
-be one and chunks too large for a memory are refused before Zarr sees them. What is written locally
-is durable when the call returns, and a kill at any moment leaves the old bytes or the new ones.
+What is opened was written by others: what must not be used of it is refused (guards.py). What is
+written locally is durable when the call returns, and a kill leaves the old bytes or the new ones.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +17,9 @@ import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore, StorePath
 
+from bigseg import durable, frames, guards
 from bigseg.decoding import decode_fast
+from bigseg.durable import PARTIAL
 from bigseg.errors import (
     InputError,
     InputNotFoundError,
@@ -28,19 +27,15 @@ from bigseg.errors import (
     OutputError,
     UsageError,
 )
+from bigseg.patience import PatientStore, keep_stores_brief, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zarr.abc.store import Store
-    from zarr.core.buffer import Buffer
 
 Mode = Literal["r", "r+", "a"]
 
-MAX_METADATA_BYTES = 16 * 2**20
-MAX_CHUNK_BYTES = 2**34
-METADATA_NAMES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
-PARTIAL = ".partial"
 CONVERTIBLE = (".tif", ".tiff", ".png", ".h5", ".hdf5")
 
 
@@ -51,24 +46,17 @@ def join(url: str, *parts: str) -> str:
         InputError: a part is empty, absolute, has a scheme, or climbs with '..'.
     """
     for part in parts:
-        pieces = part.strip("/").split("/") if not part.startswith("/") else [""]
-        if (
-            any(p in ("", ".", "..") for p in pieces)
-            or ":" in pieces[0]
-            or set(part) & {"\\", "\0"}
-        ):
-            raise InputError(
-                f"path {part!r} in {url} leaves the store or is empty: "
-                "paths inside a store are relative, such as 'labels/cells'"
-            )
+        guards.check_part(part, url)
         base = url if url == "/" or url.endswith("://") else f"{url.rstrip('/')}/"
-        url = base + "/".join(pieces)
+        url = base + part.rstrip("/")
     return url
 
 
 def parent(url: str) -> str:
     """The location that holds `url`."""
     head, _, _ = url.rstrip("/").rpartition("/")
+    if head.endswith(":/"):
+        return f"{head}/"
     return head or ("/" if url.startswith("/") else ".")
 
 
@@ -88,6 +76,22 @@ def exists(url: str) -> bool:
     return bool(fs.exists(path))
 
 
+def read_start(url: str, n_bytes: int) -> bytes:
+    """The first bytes of one file or object, all of them where it has fewer.
+
+    Raises:
+        InputNotFoundError: there is none.
+        InputError: it cannot be read.
+    """
+    fs, path = _filesystem(url)
+    try:
+        return patiently(lambda: _read_at_most(fs, path, n_bytes))
+    except FileNotFoundError:
+        raise InputNotFoundError(f"no such file: {url}; check the path") from None
+    except OSError as error:
+        raise InputError(f"{url} cannot be read: {_reason(error)}; give a readable file") from None
+
+
 def read_bytes(url: str, *, limit_bytes: int) -> bytes:
     """The content of one file or object.
 
@@ -95,14 +99,7 @@ def read_bytes(url: str, *, limit_bytes: int) -> bytes:
         InputNotFoundError: there is none.
         InputError: it is larger than `limit_bytes`, or cannot be read.
     """
-    fs, path = _filesystem(url)
-    try:
-        with fs.open(path, "rb") as file:
-            data = _read_at_most(file, limit_bytes + 1)
-    except FileNotFoundError:
-        raise InputNotFoundError(f"no such file: {url}; check the path") from None
-    except OSError as error:
-        raise InputError(f"{url} cannot be read: {_reason(error)}; give a readable file") from None
+    data = read_start(url, limit_bytes + 1)
     if len(data) > limit_bytes:
         raise InputError(
             f"{url} has more than the {limit_bytes} bytes allowed: give a smaller file"
@@ -117,13 +114,59 @@ def write_atomic(url: str, data: bytes) -> None:
         OutputError: it cannot be written.
     """
     fs, path = _filesystem(url)
+    guards.check_no_links_above(path if is_local(url) else "/")
     try:
         if is_local(url):
-            _write_durably(Path(path), data)
+            durable.write_durably(Path(path), data)
         else:
-            fs.pipe_file(path, data)
+            patiently(lambda: fs.pipe_file(path, data))
     except (OSError, NotImplementedError) as error:
         raise _unwritable(url, error) from None
+
+
+def create_file(url: str, data: bytes) -> bool:
+    """Write one file or object unless it is there; whether it was written.
+
+    Of several calls at once one wins, where the store can tell (local files, S3).
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    fs, path = _filesystem(url)
+    guards.check_no_links_above(path if is_local(url) else "/")
+    try:
+        if is_local(url):
+            return durable.create_durably(Path(path), data)
+        fs.invalidate_cache(parent(path))
+        patiently(lambda: fs.pipe_file(path, data, mode="create"))
+    except FileExistsError:
+        return False
+    except (OSError, NotImplementedError) as error:
+        raise _unwritable(url, error) from None
+    return True
+
+
+def remove_file(url: str) -> None:
+    """Delete one file or object; no error where there is none.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
+    fs, path = _filesystem(url)
+    try:
+        patiently(lambda: fs.rm_file(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, NotImplementedError) as error:
+        raise _unwritable(url, error) from None
+
+
+def sweep(url: str, **only: Any) -> int:  # noqa: ANN401 - the limits of `remove_partials`
+    """Delete what writes that were cut short left under `url`; gives how many files.
+
+    Nobody may be writing there. Only local stores have such leftovers.
+    """
+    return durable.remove_partials(Path(_filesystem(url)[1]), **only) if is_local(url) else 0
 
 
 def open_group(url: str, *, mode: Mode, zarr_format: Literal[2, 3] = 3) -> zarr.Group:
@@ -146,21 +189,14 @@ def open_array(url: str, *, mode: Mode) -> zarr.Array[Any]:
 
     Raises:
         InputNotFoundError: there is nothing.
-        NotOmeZarrError: there is something else, or Zarr cannot decode it.
-        InputError: its chunks are larger than `MAX_CHUNK_BYTES`.
+        NotOmeZarrError: there is something else, Zarr cannot decode it, or it would run code.
+        InputError: it or its chunks are larger than anything honest.
         OutputError: it cannot be written (r+, a).
     """
     array = _open(url, "r" if mode == "r" else "r+", zarr.open_array)
     assert isinstance(array, zarr.Array)
-    n_bytes = array.dtype.itemsize
-    for n in array.chunks:
-        n_bytes *= n
-    if n_bytes > MAX_CHUNK_BYTES:
-        raise InputError(
-            f"the chunks {tuple(array.chunks)} of {url} take {n_bytes} bytes each, more than "
-            f"{MAX_CHUNK_BYTES}: write it with smaller chunks"
-        )
-    return decode_fast(array) if mode == "r" else array
+    guards.check_array(array, url)
+    return decode_fast(array, frames.check_of) if mode == "r" else array
 
 
 def writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -193,6 +229,7 @@ def make_group(
     Raises:
         OutputError: it cannot be written.
     """
+    check_no_links(url)
     try:
         return zarr.create_group(
             _zarr_store(url, "a"), zarr_format=zarr_format, attributes=attributes
@@ -210,13 +247,14 @@ def remove(url: str) -> None:
         OutputError: it is no Zarr store, or cannot be deleted.
     """
     fs, path = _filesystem(url)
+    check_no_links(url)
     if not fs.exists(path):
         return
-    if not is_empty(url) and not any(exists(join(url, name)) for name in METADATA_NAMES):
+    if not is_empty(url) and not any(exists(join(url, name)) for name in guards.METADATA_NAMES):
         raise OutputError(
             f"{url} is no Zarr store, so it is not deleted: delete it yourself or give another name"
         )
-    entries = sorted(fs.ls(path, detail=False), key=lambda e: name_of(e) in METADATA_NAMES)
+    entries = sorted(fs.ls(path, detail=False), key=lambda e: name_of(e) in guards.METADATA_NAMES)
     try:
         for entry in entries:
             _delete(fs, entry, local=is_local(url))
@@ -233,25 +271,19 @@ def is_empty(url: str) -> bool:
     return bool(fs.isdir(path)) and all(e.endswith(PARTIAL) for e in fs.ls(path, detail=False))
 
 
-def total_bytes(url: str) -> int:
-    """Bytes stored under `url`, by listing it."""
-    fs, path = _filesystem(url)
-    return int(fs.du(path, total=True)) if fs.exists(path) else 0
+def check_no_links(url: str) -> None:
+    """Refuse to write or delete at a link, or behind one inside a store.
 
-
-class DurableLocalStore(LocalStore):
-    """A local Zarr store whose writes have reached the disk when they return.
-
-    zarr's own renames a file into place without `fsync`: after a power cut it can be empty.
+    Raises:
+        OutputError: there is one.
     """
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Store `value` under `key`."""
-        self._check_writable()
-        await asyncio.to_thread(_write_durably, self.root / key, value.as_buffer_like())
+    if is_local(url):
+        guards.check_no_links(_filesystem(url)[1])
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
+    guards.check_location(url)
+    keep_stores_brief()
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -264,13 +296,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _zarr_store(url: str, mode: Mode) -> Store:
     _, path = _filesystem(url)
     if is_local(url):
-        return LocalStore(path, read_only=True) if mode == "r" else DurableLocalStore(path)
-    return FsspecStore.from_url(url, read_only=mode == "r")
+        return LocalStore(path, read_only=True) if mode == "r" else durable.DurableLocalStore(path)
+    return PatientStore(FsspecStore.from_url(url, read_only=mode == "r"))
 
 
 def _durable(store: Store) -> Store:
     if isinstance(store, LocalStore):
-        return DurableLocalStore(store.root)
+        guards.check_no_links(str(store.root))
+        return durable.DurableLocalStore(store.root)
     return store.with_read_only(read_only=False)
 
 
@@ -297,18 +330,14 @@ def _open(
 def _check_metadata(url: str) -> None:
     """Refuse documents that no honest writer makes, before a JSON parser sees them."""
     fs, path = _filesystem(url)
-    for name in METADATA_NAMES:
+    for name in guards.METADATA_NAMES:
         try:
-            size = fs.info(f"{path.rstrip('/')}/{name}").get("size") or 0
+            found = fs.info(f"{path.rstrip('/')}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise InputError(f"{url} cannot be read: {_reason(error)}; check its rights") from None
-        if size > MAX_METADATA_BYTES:
-            raise InputError(
-                f"{name} of {url} has {size} bytes, more than the {MAX_METADATA_BYTES} allowed for "
-                "metadata: remove what does not belong there"
-            )
+        guards.check_metadata(name, found, url)
 
 
 def _explain_absence(url: str) -> InputError:
@@ -333,17 +362,21 @@ def _explain_absence(url: str) -> InputError:
 def _check_writable(url: str) -> None:
     if url.startswith(("http://", "https://")):
         raise OutputError(f"{url} cannot be written over HTTP: give an output that can be written")
+    check_no_links(url)
     _, path = _filesystem(url)
     if is_local(url) and os.path.exists(path) and not os.access(path, os.W_OK):
         raise _unwritable(url, PermissionError("no permission to write"))
 
 
-def _read_at_most(file: Any, n_bytes: int) -> bytes:  # noqa: ANN401 - fsspec's files have no type
+def _read_at_most(fs: Any, path: str, n_bytes: int) -> bytes:  # noqa: ANN401
     # In pieces: a read allocates what it is asked for, and small machines refuse to give it.
     pieces = []
-    while n_bytes > 0 and (piece := file.read(min(n_bytes, 1 << 24))):
-        pieces.append(piece)
-        n_bytes -= len(piece)
+    # A cached listing of a remote store would hide what others have written.
+    fs.invalidate_cache(parent(path))
+    with fs.open(path, "rb") as file:
+        while n_bytes > 0 and (piece := file.read(min(n_bytes, 1 << 24))):
+            pieces.append(piece)
+            n_bytes -= len(piece)
     return b"".join(pieces)
 
 
@@ -355,7 +388,7 @@ def _unwritable(url: str, error: Exception) -> OutputError:
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:300]
+    return guards.without_secrets(" ".join(str(text).split())[:300])
 
 
 def _delete(fs: Any, path: str, *, local: bool) -> None:  # noqa: ANN401
@@ -365,23 +398,3 @@ def _delete(fs: Any, path: str, *, local: bool) -> None:  # noqa: ANN401
         shutil.rmtree(path)
     else:
         os.unlink(path)
-
-
-def _write_durably(path: Path, data: bytes | memoryview | Any) -> None:  # noqa: ANN401
-    """Temporary file, fsync, rename, fsync of the directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{PARTIAL}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

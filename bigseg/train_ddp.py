@@ -19,6 +19,7 @@ import threading
 import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray.train
@@ -26,7 +27,7 @@ import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from bigseg import errors, store
+from bigseg import store
 from bigseg.cluster import connect, set_worker_threads
 from bigseg.engine import pick_device
 from bigseg.errors import (
@@ -37,6 +38,7 @@ from bigseg.errors import (
     ResourceError,
     UsageError,
 )
+from bigseg.lock import Lock, check_owner
 from bigseg.progress import NullProgress
 from bigseg.recipe import Recipe
 from bigseg.runs import Journal, RunFiles, TrainResult, finished, open_run, stored_run
@@ -76,14 +78,21 @@ def train(
         ConfigError: settings that contradict each other, the images, or the run in `out`.
         InputError: images or labels that cannot be used, or training that diverges.
         ResourceError: no cluster, too few GPUs or processors, or workers that keep dying.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or another run writes it.
     """
     stored = None if overwrite else stored_run(config, out)
     if stored is not None and (result := finished(stored, out)) is not None:
         logger.info("%s is finished: %d steps", out, result.steps)
         return result
     call = _Call(config, out, stored, overwrite, progress or NullProgress(), after_step or _nothing)
-    first = _train_here(call) if executor == "serial" else _train_on_ray(call, address)
+    with Lock.acquire(out) as lock:
+        guard = partial(check_owner, out, lock.owner)
+        if executor == "serial":
+            first = _train_here(call, guard)
+        else:
+            first = _train_on_ray(call, address, guard)
+        # Nobody writes there any more: what is left is of runs that were killed.
+        store.sweep(out)
     recipe = stored_run(config, out)
     assert recipe is not None
     result = finished(recipe, out, first_step=first)
@@ -113,7 +122,7 @@ class _Call:
         )
 
 
-def _train_here(call: _Call) -> int:
+def _train_here(call: _Call, guard: Callable[[], None]) -> int:
     if call.config.workers > 1:
         raise ConfigError(
             f"workers: {call.config.workers} with the serial executor, which has one: use the ray "
@@ -129,7 +138,7 @@ def _train_here(call: _Call) -> int:
             bar.show(step)
             call.after(0, step)
 
-        return run(recipe, call.out, Runtime(device), after_step=after_step)
+        return run(recipe, call.out, Runtime(device, guard=guard), after_step=after_step)
 
 
 class _Bar:
@@ -155,7 +164,7 @@ class _Bar:
 # On Ray.
 
 
-def _train_on_ray(call: _Call, address: str | None) -> int:
+def _train_on_ray(call: _Call, address: str | None, guard: Callable[[], None]) -> int:
     with connect(address) as cluster:
         share = share_of(call.config.workers, cluster)
         recipe = call.recipe("cuda" if share.use_gpu else "cpu")
@@ -164,7 +173,7 @@ def _train_on_ray(call: _Call, address: str | None) -> int:
         if store.exists(files.failure):
             store.write_atomic(files.failure, b"")
         with _following(files, call.progress, recipe.config.steps, first):
-            _fit(recipe, call.out, share, call.after)
+            _fit(recipe, call, share, guard)
         _raise_noted(files)
     return first
 
@@ -195,7 +204,7 @@ def share_of(n_workers: int, cluster: Cluster) -> Share:
     return Share(n_workers, use_gpu, min(GPU_WORKER_CPUS, cpus) if use_gpu else cpus)
 
 
-def _fit(recipe: Recipe, out: str, share: Share, after: Callable[[int, int], None]) -> None:
+def _fit(recipe: Recipe, call: _Call, share: Share, guard: Callable[[], None]) -> None:
     """Run the workers to their end.
 
     Raises:
@@ -205,10 +214,11 @@ def _fit(recipe: Recipe, out: str, share: Share, after: Callable[[int, int], Non
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     settings = {
         "recipe": recipe.model_dump(mode="json"),
-        "out": out,
+        "out": call.out,
         "folder": os.getcwd(),
         "n_threads": share.n_cpus,
-        "after": after,
+        "after": call.after,
+        "guard": guard,
     }
     with tempfile.TemporaryDirectory(prefix="bigseg-train-", ignore_cleanup_errors=True) as folder:
         trainer = ray.train.torch.TorchTrainer(
@@ -269,6 +279,7 @@ def _worker(settings: dict[str, Any]) -> None:
         n_ranks=context.get_world_size(),
         wrap=ray.train.torch.prepare_model,
         gather=_gather,
+        guard=settings["guard"],
     )
     after: Callable[[int, int], None] = settings["after"]
     recipe = Recipe.model_validate(settings["recipe"])
@@ -304,9 +315,15 @@ def _noted(files: RunFiles) -> BigsegError | None:
         return None
     if not text:
         return None
-    note = json.loads(text)
-    kind: type[BigsegError] = getattr(errors, note["type"], InputError)
-    return kind(note["message"])
+    try:
+        note = json.loads(text)
+        kind: type[BigsegError] = {"ConfigError": ConfigError, "UsageError": UsageError}.get(
+            note["type"], InputError
+        )
+        return kind(note["message"])
+    except (ValueError, KeyError, TypeError):
+        # Damaged: the next attempt meets the error again.
+        return None
 
 
 def _raise_noted(files: RunFiles) -> None:

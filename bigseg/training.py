@@ -45,12 +45,17 @@ def _alone(number: int) -> list[int]:
     return [number]
 
 
+def _unguarded() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What this worker is among `n_ranks`: alone, unless the launcher says otherwise.
 
     `wrap` makes a module average its gradients over the workers; `gather` gives every worker's
-    number, in order of rank.
+    number, in order of rank. `guard` is called before anything is written, and raises where another
+    run has taken the folder over.
     """
 
     device: torch.device
@@ -58,6 +63,7 @@ class Runtime:
     n_ranks: int = 1
     wrap: Callable[[nn.Module], nn.Module] = field(default=lambda module: module)
     gather: Callable[[int], list[int]] = field(default=_alone)
+    guard: Callable[[], None] = field(default=_unguarded)
 
 
 def run(
@@ -201,6 +207,7 @@ class _Trainer:
                 f"optim.lr than {self.config.optim.lr:g}, or look for extreme intensities"
             )
         n_patches = len(losses) * (self.config.batch or 0) * self.runtime.n_ranks
+        self.runtime.guard()
         journal.add(
             step=now.step,
             loss=loss,
@@ -282,6 +289,7 @@ class _Trainer:
 
     def _finish(self) -> None:
         net, card = load_model(self.files.best)
+        self.runtime.guard()
         save_model(self.files.model, net, card)
 
 

@@ -125,4 +125,6 @@ def parse_bytes(text: str) -> int:
     number, prefix, suffix = match.groups()
     base = 1000 if (suffix or "").upper() == "B" else 1024
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    if len(number) > 30:
+        raise UsageError(f"{text[:30]!r}... is more memory than there is: write it as 6GiB")
     return int(float(number) * base**power)

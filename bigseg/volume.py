@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg import layout, ngff, store
+from bigseg.damage import read_box
 from bigseg.errors import (
+    BadChunkError,
     InputError,
     InputNotFoundError,
     NotOmeZarrError,
@@ -27,6 +29,7 @@ from bigseg.errors import (
 from bigseg.layout import OutputSpec, list_label, unlist_label
 from bigseg.lazy import LazyView
 from bigseg.units import format_um, nearest_size
+from bigseg.usable import check_array, refuse_level
 from bigseg.writing import UnitWriter
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Region, Vec
+    from bigseg.damage import BadChunk
     from bigseg.ngff import Multiscale
 
 __all__ = [
@@ -136,6 +140,8 @@ class Volume:
 
         Raises:
             UsageError: the region or a channel lies outside.
+            BadChunkError: a chunk cannot be decoded; names it.
+            OSError: the store does not let it be read.
         """
         self.check_inside(region)
         self._check_channels(channels)
@@ -242,11 +248,20 @@ class Volume:
         return tuple(by_name[name] for name in self.multiscale.axis_names)
 
     def _read_run(self, region: Region, first: int, stop: int) -> NDArray[Any]:
-        stored = np.asarray(self.array[self._selection(region, first, stop)])
+        stored = read_box(self.array, self._selection(region, first, stop), self._meet)
         names = self.multiscale.axis_names
         data = stored.transpose([names.index(n) for n in CANONICAL if n in names])
         absent = [i for i, n in enumerate(CANONICAL) if n not in names]
         return np.ascontiguousarray(np.expand_dims(data, absent), dtype=self.dtype)
+
+    def _meet(self, bad: BadChunk) -> None:
+        raise BadChunkError(f"{self._sentence(bad)}: restore it from a copy")
+
+    def _sentence(self, bad: BadChunk) -> str:
+        return f"chunk {self._key(bad)} of {self.url} cannot be decoded ({bad.reason})"
+
+    def _key(self, bad: BadChunk) -> str:
+        return f"{self.multiscale.levels[self.level].path}/{bad.key}"
 
     def _as_stored(self, data: NDArray[Any]) -> NDArray[Any]:
         names = self.multiscale.axis_names
@@ -296,7 +311,7 @@ def open_volume(url: str, *, level: int = 0) -> Volume:
     except InputNotFoundError:
         raise InputNotFoundError(f"no such image: {url}; check the path") from None
     except NotOmeZarrError:
-        _refuse_level(url)
+        refuse_level(url)
         raise
     return _open_level(url, ngff.parse_multiscale(group.attrs.asdict(), where=url), level)
 
@@ -353,37 +368,5 @@ def _open_level(url: str, multiscale: Multiscale, level: int) -> Volume:
             f"level {level} of {url} is listed, but its array {path} is missing: copy the image "
             "again"
         ) from None
-    _check_array(array, multiscale, path)
+    check_array(array, multiscale, path)
     return Volume(url, multiscale, level, array)
-
-
-def _check_array(array: zarr.Array[Any], multiscale: Multiscale, path: str) -> None:
-    names = ",".join(multiscale.axis_names)
-    if array.ndim != len(multiscale.axes):
-        raise InputError(
-            f"{path} has {array.ndim} axes, its image states {names}: correct the metadata"
-        )
-    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise InputError(
-            f"{path} holds values of type {array.dtype}; bigseg reads integers, booleans and "
-            "floating-point numbers up to 64 bits: convert it first"
-        )
-    if 0 in array.shape:
-        raise InputError(f"{path} is empty, its shape ({names}) is {array.shape}: copy it again")
-
-
-def _refuse_level(url: str) -> None:
-    """Say which image and level it is when `url` is the array of a level."""
-    holder = url
-    for _ in range(3):
-        holder = store.parent(holder)
-        try:
-            attributes = store.open_group(holder, mode="r").attrs.asdict()
-            levels = ngff.parse_multiscale(attributes, where=holder).levels
-        except InputError:
-            continue
-        for i, level in enumerate(levels):
-            if store.join(holder, level.path) == url:
-                raise NotOmeZarrError(
-                    f"{url} is level {i} of an image: give {holder} with `--level {i}`"
-                ) from None

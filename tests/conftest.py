@@ -1,6 +1,17 @@
 """What holds for all tests."""
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is, and nothing of the law.
+hypothesis.settings.register_profile("bigseg", deadline=None)
+hypothesis.settings.load_profile("bigseg")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--chaos-seeds", type=int, default=1, help="how many seeds of every random kind of kill"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import zarr
+from click.testing import CliRunner
 
 from bigseg.checkpoint import save_model
+from bigseg.cli import main
 from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
 from bigseg.machine import Resources
 from bigseg.model import UNet
@@ -72,6 +74,12 @@ def config_of(image, model, out, **options):
         "out": None if out is None else str(out),
     }
     return SegmentConfig(image=image, model=model, **{**defaults, **options})
+
+
+def run_command(*args):
+    """The exit code and everything that `bigseg` with these words said."""
+    result = CliRunner().invoke(main, list(map(str, args)))
+    return result.exit_code, result.output
 
 
 class Recorder:

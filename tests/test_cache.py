@@ -261,7 +261,7 @@ def test_a_chunk_that_failed_is_an_error_for_all_who_wait_and_is_tried_again(
             return str(error)
 
     store.delay_s = 0.2
-    store.failures = [OSError("unreachable")]
+    store.failures = [ConnectionError("unreachable")]
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(read) for _ in range(2)]
         assert [f.result() for f in futures] == ["unreachable"] * 2

@@ -149,6 +149,13 @@ WRONG_CALLS = {
         r"name",
     ),
     "a source alone": (("convert", "{0}/file.txt"), 2, r"convert needs sources and an output"),
+    "the status of an image": (("status", "{0}/image.zarr"), 3, r"not made by `bigseg segment`"),
+    "verifying what is not there": (("verify", "{0}/none.zarr"), 3, r"no such store: .*none\.zarr"),
+    "cleaning an image": (
+        ("clean", "{0}/image.zarr", "--yes"),
+        5,
+        r"image\.zarr was not made by `bigseg segment`.*nothing is removed",
+    ),
     "scores of other shapes": (
         ("evaluate", "{0}/image.zarr/labels/small", "{0}/image.zarr/labels/cells"),
         3,
@@ -213,10 +220,63 @@ def test_info_and_evaluate_print_json(place):
     assert scores["adapted_rand_error"]["error"] == pytest.approx(0)
 
 
+@pytest.fixture
+def result(place, tmp_path):
+    """A finished result in a store of its own."""
+    out = tmp_path / "out.zarr"
+    segment = (*(w.format(place) for w in SEGMENT), place / "model3.safetensors", "--out", out)
+    assert call(*segment).exit_code == 0
+    return out, segment
+
+
+def test_status_says_how_far_a_result_is(result):
+    out, _ = result
+    found = call("status", out)
+    assert found.exit_code == 0, found.output
+    assert f"{out}: finished" in found.stdout
+    assert json.loads(call("status", out, "--json").stdout)["state"] == "finished"
+
+
+def test_verify_ends_with_0_or_with_4_and_what_it_found(result):
+    out, segment = result
+    found = call("verify", out, "--seams", 2)
+    assert found.exit_code == 0, found.output
+    assert "2 places made again, nothing wrong" in found.stdout
+    chunk = next(p for p in (out / "0" / "c").rglob("*") if p.is_file())
+    chunk.write_bytes(b"torn")
+    found = call("verify", out, "--json")
+    assert found.exit_code == 4
+    assert json.loads(found.stdout)["taken_back"] > 0
+    assert re.search(r"error: .* blocks were taken back: the same `bigseg segment`", found.stderr)
+    assert call(*segment).exit_code == 0
+    assert call("verify", out, "--seams", 0, "--chunks", 0).exit_code == 0
+
+
+def test_clean_asks_before_it_deletes(result, monkeypatch):
+    out, _ = result
+    assert "nothing to remove" in call("clean", out).stdout
+    assert out.exists()
+    zarr.open_group(out / "ledger", mode="r+").attrs["finished"] = False
+    refused = call("clean", out)
+    assert refused.exit_code == 2
+    assert re.search(r"error: delete .*not finished.* say --yes", refused.stderr)
+    assert out.exists()
+    monkeypatch.setattr("bigseg.cli.can_answer", lambda: True)
+    no = CliRunner().invoke(cli.main, ["clean", str(out)], input="n\n")
+    assert no.exit_code == 1
+    assert out.exists()
+    yes = CliRunner().invoke(cli.main, ["clean", str(out)], input="y\n")
+    assert yes.exit_code == 0, yes.output
+    assert "removed the unfinished result" in yes.stdout
+    assert not out.exists()
+    assert call("clean", out, "--yes").exit_code == 3
+
+
 def test_every_command_has_help_with_an_example():
     assert set(cli.main.commands) == {
         *("convert", "info", "sample", "train", "segment"),
         *("plan", "bench", "evaluate", "demo"),
+        *("status", "verify", "clean"),
     }
     for name in cli.main.commands:
         text = call(name, "--help").stdout

@@ -194,6 +194,32 @@ def test_a_chunk_cut_short_is_an_error(tmp_path: Path) -> None:
                 array[:8, :8, :8]
 
 
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("shards", [None, (16, 16, 16)])
+def test_zarrs_own_blosc_is_called_only_for_bytes_that_are_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, shards: Any
+) -> None:
+    if version == 2 and shards:
+        pytest.skip("Zarr 2 has no shards")
+    monkeypatch.setitem(sys.modules, "zarrs", None)
+    url = str(tmp_path / "a")
+    codec = numcodecs.Blosc() if version == 2 else BloscCodec()
+    write_array(url, zarr_format=version, compressors=codec, shards=shards)
+    array = store.open_array(url, mode="r")
+    assert not is_decoded_fast(array)
+    own = zarr.open_array(url, mode="r")
+    np.testing.assert_array_equal(array[:], own[:])
+    path = Path(url, "0.0.0" if version == 2 else "c/0/0/0")
+    whole = path.read_bytes()
+    if shards:
+        # The index at the end stays; the first chunk announces more than there is.
+        path.write_bytes(whole[:12] + (1 << 20).to_bytes(4, "little") + whole[16:])
+    else:
+        path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"has \d+ of the \d+ bytes that blosc announces"):
+        array[:8, :8, :8]
+
+
 def test_the_number_of_threads_is_set_for_all_codecs(tmp_path: Path) -> None:
     data = write_array(str(tmp_path / "a"))[:]
     before = {key: zarr.config.get(key, None) for key in SETTINGS}

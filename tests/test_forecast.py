@@ -18,10 +18,11 @@ from bigseg.config import UNetSpec
 from bigseg.errors import UsageError
 from bigseg.forecast import count_tiles, make_forecast
 from bigseg.model import footprint
+from bigseg.places import SerialExecutor
 from bigseg.plan import PREDICT
 from bigseg.planner import make_plan
 from bigseg.progress import NullProgress
-from bigseg.segment import SerialExecutor, prepare, segment_serially
+from bigseg.segment import prepare, segment_serially
 
 SPEC = UNetSpec.build(3, out_channels=2, depth=2, width=2)
 

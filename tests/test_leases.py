@@ -3,14 +3,14 @@
 import itertools
 import random
 import tracemalloc
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigseg.leases import WIDEST_STEP, Lease, LeaseBook
+from bigseg.leases import PUT_ON_HOLD_AFTER, UNKNOWN_PACE_S, WIDEST_STEP, Lease, LeaseBook
 
 flags = st.lists(st.booleans(), max_size=80).map(lambda bits: np.array(bits, np.bool_))
 
@@ -20,10 +20,15 @@ def book_of(n_blocks, n_workers, **options):
 
 
 class Pool:
-    """Pretended workers with two leases in flight: some blocks kill theirs, others raise."""
+    """Pretended workers with two leases in flight: some blocks kill theirs, others raise.
 
-    def __init__(self, book, workers, *, kills=(), fails=(), death_rate=0.0, seed=0):
+    Everything raises in workers that are `broken`; one that the book finds out is given up.
+    """
+
+    def __init__(self, book, workers, *, kills=(), fails=(), broken=(), death_rate=0.0, seed=0):
         self.book = book
+        self.broken, self.replaced = broken, []
+        self.tried_by = defaultdict(list)
         self.kills, self.fails, self.death_rate = kills, fails, death_rate
         self.rng = random.Random(seed)
         self.flying = {worker: [] for worker in workers}
@@ -72,12 +77,19 @@ class Pool:
     def finish(self, worker):
         lease = self.flying[worker].pop(0)
         for block in lease.blocks:
-            if block not in self.fails:
+            if block not in self.fails and worker not in self.broken:
                 self.done.append(block)
+                self.book.succeeded(block, worker)
                 continue
             self.charges[block] += 1
-            if self.book.failed(block):
+            self.tried_by[block].append(worker)
+            if self.book.failed(block, worker):
                 self.aside.append(block)
+        for number in self.book.broken():
+            self.replaced.append(number)
+            self.book.returned(self.flying[number])
+            self.flying[number] = []
+            self.book.retire(number)
         self.book.done(len(lease.blocks), self.rng.choice([0.01, 0.5, 4.0]) * len(lease.blocks))
 
 
@@ -257,3 +269,123 @@ def test_a_book_of_many_blocks_needs_little_memory():
     finally:
         tracemalloc.stop()
     assert peak < 2_000_000
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    flags,
+    st.integers(2, 5),
+    st.sets(st.integers(0, 79), max_size=4),
+    st.integers(0, 1000),
+)
+def test_a_broken_worker_costs_no_block(pending, n_workers, fails, seed):
+    book = LeaseBook(pending, n_workers)
+    pool = Pool(book, range(n_workers), fails=fails, broken={1}, seed=seed)
+    pool.run()
+    waiting = set(np.flatnonzero(pending).tolist())
+    guilty = fails & waiting
+    assert sorted(pool.aside) == sorted(guilty)
+    assert sorted(pool.done) == sorted(waiting - guilty)
+    assert set(pool.replaced) <= {1}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 5), st.integers(0, 1000))
+def test_a_worker_at_which_everything_fails_is_found_out_early(n_workers, seed):
+    pool = Pool(book_of(200, n_workers), range(n_workers), broken={0}, seed=seed)
+    pool.run()
+    assert sorted(pool.done) == list(range(200))
+    assert pool.replaced == [0]
+    # What it had in flight when it was put on hold, and little more.
+    assert sum(pool.charges.values()) <= PUT_ON_HOLD_AFTER + 2 * 25
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.sets(st.integers(0, 79), max_size=9), st.integers(0, 1000))
+def test_a_block_that_fails_is_tried_with_different_workers(n_workers, fails, seed):
+    pool = Pool(book_of(80, n_workers), range(n_workers), fails=fails, seed=seed)
+    pool.run()
+    for block in fails:
+        tried = pool.tried_by[block]
+        assert len(tried) == 3
+        assert len(set(tried)) == min(3, n_workers)
+
+
+def test_when_everything_fails_with_everyone_it_comes_to_an_end():
+    pool = Pool(book_of(60, 3), range(3), fails=set(range(60)))
+    pool.run()
+    assert sorted(pool.aside) == list(range(60))
+    assert pool.replaced == []
+
+
+def test_bad_input_says_nothing_of_the_worker():
+    book = book_of(40, 2)
+    for _ in range(10):
+        (block,) = book.next(0, idle=True).blocks[:1]
+        assert not book.failed(block, 0, is_input=True)
+    assert book.next(0, idle=True) is not None
+    assert book.broken() == set()
+
+
+def test_a_worker_that_fails_again_and_again_waits_for_what_the_others_say():
+    book = book_of(40, 2)
+    failed = [book.next(0, idle=True).blocks[0] for _ in range(3)]
+    for block in failed:
+        assert not book.failed(block, 0)
+    assert book.next(0, idle=True) is None
+    assert book.next(1, idle=True) == Lease((failed[0],))
+    book.succeeded(failed[0], 1)
+    assert book.broken() == {0}
+    assert book.broken() == set()
+    # Started again, it begins afresh.
+    assert book.next(0, idle=True) is not None
+
+
+def test_where_others_fail_too_it_is_the_block():
+    book = book_of(40, 2)
+    failed = [book.next(0, idle=True).blocks[0] for _ in range(3)]
+    for block in failed:
+        book.failed(block, 0)
+    assert book.next(1, idle=True).blocks == (failed[0],)
+    assert not book.failed(failed[0], 1)
+    assert book.next(0, idle=True) is not None
+    assert book.broken() == set()
+
+
+def test_nobody_waits_for_a_worker_that_is_retired():
+    book = book_of(40, 2)
+    book.retire(1)
+    failed = [book.next(0, idle=True).blocks[0] for _ in range(5)]
+    assert not any(book.failed(block, 0) for block in failed)
+    assert book.next(0, idle=True) is not None
+    assert book.next(1, idle=True) is None
+
+
+def test_what_a_replaced_worker_had_in_flight_is_nobodys_fault():
+    book = book_of(0, 1, max_tries=1)
+    book.returned([Lease((3, 4)), Lease((5,))])
+    assert not book.is_empty()
+    seen = [book.next(0, idle=True).blocks for _ in range(3)]
+    assert sorted(b for blocks in seen for b in blocks) == [3, 4, 5]
+
+
+def test_deaths_on_a_node_that_is_lost_do_not_count():
+    lost = set()
+    book = LeaseBook(np.zeros(0, np.bool_), 1, is_lost=lost.__contains__)
+    assert book.died([Lease((7,))], node="a") == []
+    assert book.died([Lease((7,))], node="b") == []
+    lost.update("ab")
+    assert book.died([Lease((7,))], node="c") == []
+    assert book.died([Lease((7,))], node="c") == []
+    assert book.died([Lease((7,))], node="c") == [7]
+
+
+def test_the_deadline_is_learned_from_the_slowest():
+    book = book_of(100, 2, shortest_deadline_s=20.0)
+    lease = Lease(tuple(range(8)))
+    assert book.deadline_s(lease) == UNKNOWN_PACE_S
+    book.done(4, 0.4)
+    assert book.deadline_s(lease) == 20.0
+    book.done(2, 6.0)
+    book.done(4, 0.4)
+    assert book.deadline_s(lease) == pytest.approx(10 * 3.0 * 8)

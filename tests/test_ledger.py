@@ -217,7 +217,7 @@ def test_a_ledger_that_cannot_be_written_says_so(url, action, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(room.store, "_write_durably", full)
+        patch.setattr(room.store.durable, "write_durably", full)
         with pytest.raises(OutputError, match=r"ledger.* cannot be written: No space left"):
             {
                 "create": lambda: Ledger.create(url, PLAN, {"predict": 2}),

@@ -21,7 +21,8 @@ from pathlib import Path
 from bigseg.config import SegmentConfig
 from bigseg.machine import Resources
 from bigseg.progress import NullProgress
-from bigseg.segment import SerialExecutor, carry_out, prepare
+from bigseg.places import SerialExecutor
+from bigseg.segment import carry_out, prepare
 image, model, out, memory = sys.argv[1:]
 memory = int(memory)
 config = SegmentConfig(

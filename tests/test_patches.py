@@ -240,13 +240,23 @@ def test_patches_without_annotation_are_drawn_again(tmp_path):
     assert (target == IGNORE).all()
 
 
-def test_values_that_are_not_finite_are_refused_with_their_place(tmp_path):
-    image = np.zeros((8, 24, 24), np.float32)
-    image[4, 12, 12] = np.nan
-    url = write_annotated(str(tmp_path / "a"), image, np.ones(image.shape, "u1"), "zyx")
-    sampler = PatchSampler([source_of(url, n_classes=2)], plan_of((8, 20, 20), (4, 12, 12)))
-    with pytest.raises(InputError, match=r"values that are not finite in the patch at \(t, z, y"):
-        list(sampler.stream(range(4)))
+def test_values_that_are_not_finite_are_the_offset_as_when_segmenting(tmp_path):
+    image = np.random.default_rng(0).normal(5, 1, (8, 24, 24)).astype(np.float32)
+    holes = np.random.default_rng(1).random(image.shape) < 0.1
+    constants = NormConstants(offset=(4.5,), scale=(2.0,))
+    batches = []
+    for name, value in (("a", np.nan), ("b", np.inf), ("c", None)):
+        changed = image.copy()
+        changed[holes] = constants.offset[0] if value is None else value
+        url = write_annotated(str(tmp_path / name), changed, np.ones(image.shape, "u1"), "zyx")
+        source = source_of(url, n_classes=2)
+        sampler = PatchSampler(
+            [replace(source, constants=constants)], plan_of((8, 20, 20), (4, 12, 12))
+        )
+        batches.append(sampler.batch(0))
+    for batch in batches:
+        assert torch.isfinite(batch.image).all()
+        torch.testing.assert_close(batch.image, batches[2].image, rtol=0, atol=0)
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop(volume_url, monkeypatch):

@@ -11,12 +11,13 @@ from bigseg import stages
 from bigseg.cluster import connect
 from bigseg.config import UNetSpec
 from bigseg.forecast import make_forecast
-from bigseg.infer_actor import segment_on_ray
 from bigseg.ledger import Ledger
+from bigseg.on_ray import segment_on_ray
+from bigseg.places import SerialExecutor
 from bigseg.plan import PREDICT
 from bigseg.planner import make_plan
 from bigseg.progress import NullProgress
-from bigseg.segment import SerialExecutor, prepare, segment_serially
+from bigseg.segment import prepare, segment_serially
 
 SPEC = UNetSpec.build(3, out_channels=2, depth=2, width=2)
 SHAPE = (72, 120, 96)

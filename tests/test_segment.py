@@ -1,22 +1,27 @@
 """Nothing is lost: whatever is cut off, the same command goes on and ends in the same bytes."""
 
 import contextlib
+import errno
+import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from helpers import RESOURCES, config_of, noise, write_image, write_model
+from helpers import RESOURCES, Recorder, config_of, noise, write_image, write_model
 from zarr_images import write_image as write_version
 
-from bigseg import segment, stages
+from bigseg import durable, segment, stages
 from bigseg.config import UNetSpec
-from bigseg.errors import OutputError, UsageError
-from bigseg.layout import list_label
+from bigseg.errors import LockedError, OutputError, ResourceError, StoreError, UsageError
+from bigseg.layout import list_label, listed_labels
 from bigseg.ledger import Ledger
+from bigseg.places import SerialExecutor
 from bigseg.progress import NullProgress
-from bigseg.segment import SerialExecutor, carry_out, prepare, segment_serially
+from bigseg.segment import carry_out, prepare, segment_serially
 from bigseg.volume import Volume, open_volume
 
 SPEC = UNetSpec.build(3, out_channels=3, depth=1, width=2)
@@ -35,7 +40,8 @@ def image(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    return write_model(tmp_path / "model.safetensors", SPEC)[1]
+    # A seed with which all three classes come out.
+    return write_model(tmp_path / "model.safetensors", SPEC, seed=4)[1]
 
 
 def run(config):
@@ -67,9 +73,10 @@ class Interrupted:
         self.ran = []
 
     n_workers = 1
+    n_deaths = 0
 
-    def run(self, stage, pending):
-        for report in self.inner.run(stage, pending):
+    def run(self, stage, pending, stopping):
+        for report in self.inner.run(stage, pending, stopping):
             if len(self.ran) == self.after:
                 raise Killed
             self.ran.append((stage, report.block))
@@ -88,6 +95,7 @@ def test_a_run_that_was_cut_off_redoes_only_what_is_missing(image, model, tmp_pa
     whole = tmp_path / "whole.zarr"
     every = run_until_killed(config_of(image, model, whole, **OPTIONS), 99)
     assert len(every) == 14
+    assert set(np.unique(levels_of(str(whole))[0])) == {0, 1, 2}
     for after in (0, 5, 12, 13):
         out = tmp_path / f"{after}.zarr"
         config = config_of(image, model, out, **OPTIONS)
@@ -115,6 +123,105 @@ def test_two_interruptions_and_a_lost_mark_change_nothing(image, model, tmp_path
     assert result.is_complete
     assert result.n_done_before == 6
     assert bytes_of_arrays(out) == bytes_of_arrays(whole)
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_who_asks_to_stop_gets_the_blocks_in_flight_and_the_rest_later(
+    after, image, model, tmp_path
+):
+    whole, out = tmp_path / "whole.zarr", tmp_path / "out.zarr"
+    run(config_of(image, model, whole, **OPTIONS))
+    config = config_of(image, model, out, **OPTIONS)
+    asked, seen = threading.Event(), []
+
+    def stop(n_done):
+        seen.append(n_done)
+        if len(seen) == after:
+            asked.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_serially(config, Recorder(stop), stopping=lambda: contextlib.nullcontext(asked))
+    assert after <= len(seen) <= after + 6
+    assert "bigseg" not in listed_labels(image)
+    result = run(config)
+    assert result.is_complete
+    # What was in flight was kept.
+    assert result.n_done_before == len(seen)
+    assert bytes_of_arrays(out) == bytes_of_arrays(whole)
+
+
+def test_leftovers_of_a_write_that_was_killed_are_gone_when_the_rerun_is_complete(
+    image, model, tmp_path
+):
+    config = config_of(image, model, tmp_path / "out.zarr", **OPTIONS)
+    run_until_killed(config, 5)
+    left = [
+        tmp_path / "out.zarr" / "0" / ".0.0123.partial",
+        tmp_path / "out.zarr" / "ledger" / "predict" / ".c.4567.partial",
+    ]
+    for path in left:
+        path.write_bytes(b"torn")
+    assert run(config).is_complete
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_second_run_on_the_same_output_is_refused(image, model, tmp_path):
+    config = config_of(image, model, tmp_path / "out.zarr", **OPTIONS)
+    refused = []
+
+    def again(n_done):
+        if n_done == 3:
+            with pytest.raises(LockedError, match=f"process {os.getpid()}") as caught:
+                run(config)
+            refused.append(caught.value.exit_code)
+
+    assert segment_serially(config, Recorder(again)).is_complete
+    assert refused
+    assert set(refused) == {5}
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(image, model, tmp_path):
+    out = tmp_path / "out.zarr"
+    config = config_of(image, model, out, **OPTIONS)
+
+    def take_over(n_done):
+        if n_done == 3:
+            path = tmp_path / ".out.zarr.lock"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "owner": "another"}))
+
+    with pytest.raises(ResourceError, match="no longer this run's"):
+        segment_serially(config, Recorder(take_over))
+    assert json.loads((tmp_path / ".out.zarr.lock").read_text())["owner"] == "another"
+    (tmp_path / ".out.zarr.lock").unlink()
+    result = run(config)
+    assert result.is_complete
+    assert result.n_done_before == 0
+
+
+def test_what_no_other_try_can_mend_ends_the_run_at_once(image, model, tmp_path, monkeypatch):
+    config = config_of(image, model, tmp_path / "out.zarr", **OPTIONS)
+    whole = config_of(image, model, tmp_path / "whole.zarr", **OPTIONS)
+    run(whole)
+    tried = []
+    write = durable.write_durably
+
+    def full(path, data):
+        if "ledger" not in str(path) and path.parent.name != "out.zarr":
+            tried.append(path)
+            if len(tried) > 12:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_durably", full)
+        with pytest.raises(StoreError, match=r"No space left on device.*the same command goes on"):
+            run(config)
+    assert len(tried) < 40
+    result = run(config)
+    assert result.is_complete
+    assert 0 < result.n_done_before < result.n_blocks
+    assert bytes_of_arrays(tmp_path / "out.zarr") == bytes_of_arrays(tmp_path / "whole.zarr")
 
 
 def test_the_same_command_on_a_finished_output_does_nothing(image, model, monkeypatch):
@@ -325,3 +432,30 @@ def test_an_error_of_bigseg_in_a_block_is_told_in_its_own_words(image, model, mo
     result = run(config_of(image, model, None, **OPTIONS))
     assert len(result.failed) == len(result.plan.grid)
     assert result.failed[0].error == "block 0:1,0:4,0:16,0:16: the disk is full: make room"
+
+
+@pytest.mark.parametrize(("n_failing", "ends"), [(2, False), (9, True)])
+def test_a_store_that_stays_away_ends_the_run_and_one_that_comes_back_does_not(
+    n_failing, ends, image, model, tmp_path, monkeypatch
+):
+    config = config_of(image, model, tmp_path / "out.zarr", **OPTIONS)
+    whole = config_of(image, model, tmp_path / "whole.zarr", **OPTIONS)
+    run(whole)
+    tried, write = [], Volume.write
+
+    def away(volume, region, data):
+        tried.append(region)
+        if 2 < len(tried) <= 2 + n_failing:
+            raise TimeoutError("no answer")
+        write(volume, region, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Volume, "write", away)
+        if ends:
+            with pytest.raises(StoreError, match=r"no answer; what is done is kept"):
+                run(config)
+            assert len(tried) <= 2 + 3 + 4
+        else:
+            assert len(run(config).failed) == 2
+    assert run(config).is_complete
+    assert bytes_of_arrays(tmp_path / "out.zarr") == bytes_of_arrays(tmp_path / "whole.zarr")

@@ -9,7 +9,7 @@ import pytest
 import ray
 from helpers import config_of, noise, write_image, write_model
 
-from bigseg import infer_actor
+from bigseg import infer_actor, on_ray
 from bigseg.cluster import connect
 from bigseg.config import UNetSpec
 from bigseg.progress import NullProgress
@@ -64,7 +64,7 @@ def test_one_and_two_actors_give_the_bytes_of_the_serial_executor(case, tmp_path
         else:
             workers = {"one": 1, "two": 2}[name]
             config = config_of(image, model, out, executor="ray", workers=workers, **options)
-            result = infer_actor.segment_on_ray(config, NullProgress())
+            result = on_ray.segment_on_ray(config, NullProgress())
         assert result.is_complete
         assert len(result.plan.grid) > 3
         results[name] = levels_of(str(out))
@@ -99,7 +99,7 @@ def test_all_workers_killed_at_once_are_replaced_and_nothing_is_lost(tmp_path, m
     monkeypatch.setattr(infer_actor, "SegmentActor", Murderous)
     out = tmp_path / "out.zarr"
     config = config_of(image, model, out, executor="ray", workers=2, **options)
-    result = infer_actor.segment_on_ray(config, NullProgress())
+    result = on_ray.segment_on_ray(config, NullProgress())
     assert (tmp_path / "died").exists()
     assert len(list(tmp_path.glob("pid-*"))) == 4
     assert result.is_complete
@@ -120,11 +120,11 @@ def test_a_block_that_always_kills_its_worker_is_set_aside_alone(tmp_path, monke
 
     monkeypatch.setattr(infer_actor, "SegmentActor", Poisoned)
     config = config_of(image, model, tmp_path / "o.zarr", executor="ray", workers=2, **options)
-    result = infer_actor.segment_on_ray(config, NullProgress())
+    result = on_ray.segment_on_ray(config, NullProgress())
     assert [report.block for report in result.failed] == [5]
     assert "its worker died" in result.failed[0].error
     monkeypatch.undo()
-    again = infer_actor.segment_on_ray(config, NullProgress())
+    again = on_ray.segment_on_ray(config, NullProgress())
     assert again.is_complete
     assert again.n_done_before == len(again.plan.grid) - 1
 
@@ -132,6 +132,6 @@ def test_a_block_that_always_kills_its_worker_is_set_aside_alone(tmp_path, monke
 def test_no_voxel_passes_through_the_driver():
     """What crosses Ray is block numbers and checksums: the reports have no arrays."""
     fields = infer_actor.BlockReport.__dataclass_fields__
-    assert set(fields) == {"block", "checksum", "error", "details", "spent"}
+    assert set(fields) == {"block", "checksum", "error", "details", "kind", "filled", "spent"}
     assert {f.type for f in dataclasses.fields(Spent)} == {"int", "float"}
     assert ray.is_initialized()

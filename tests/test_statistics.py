@@ -129,14 +129,49 @@ def test_a_constant_volume_is_refused(value):
     with pytest.raises(InputError) as caught:
         norm_constants(volume_of(np.full(100, value)), PERCENTILE, [0])
     assert str(caught.value) == (
-        f"channel 0 of memory has the same value ({value}) everywhere: there is no contrast to "
-        "normalise; check the channel, level and time point"
+        f"channel 0 of memory has the same value ({value}) everywhere, so that there is no "
+        "contrast to normalise: check the channel, level and time point, or take the constants of "
+        "the model "
+        "(segment with --norm model)"
     )
 
 
 def test_a_volume_without_a_finite_value_is_refused():
-    with pytest.raises(InputError, match="memory has no finite value in channel 0"):
+    with pytest.raises(InputError, match="channel 0 of memory has no finite value in the 10 vox"):
         norm_constants(volume_of(np.full(10, np.nan)), PERCENTILE, [0])
+
+
+@pytest.mark.parametrize("rule", [PERCENTILE, NormRule(kind="meanstd")])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([-1.7e308, 1.7e308], "beyond what float32 holds"),
+        ([0.0, 1e39], "beyond what float32 holds"),
+        ([0.0, 1e-200], "float32 does not tell apart"),
+    ],
+)
+def test_a_range_that_the_network_cannot_see_is_refused(values, reason, rule):
+    with pytest.raises(InputError, match=reason):
+        norm_constants(volume_of(np.array(values * 10)), rule, [0])
+
+
+def test_a_warning_counts_the_values_that_are_not_finite(caplog):
+    norm_constants(volume_of([0.0, 1.0, np.nan, np.inf, 2.0]), PERCENTILE, [0])
+    (told,) = caplog.messages
+    assert "2 of the 5 voxels of level 0 that are measured are not finite" in told
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True, width=64), min_size=1, max_size=8),
+    st.floats(-1e6, 1e6),
+    st.floats(1e-6, 1e6),
+)
+def test_whatever_is_normalised_is_finite_and_zero_where_it_was_not(values, offset, scale):
+    data = np.array(values).reshape(1, 1, 1, 1, -1)
+    found = normalise(data, NormConstants(offset=(offset,), scale=(scale,))).ravel()
+    assert np.isfinite(found).all()
+    assert not found[~np.isfinite(values)].any()
 
 
 @pytest.mark.parametrize("common", [0, 255])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
-from bigseg import store
+from bigseg import guards, store
 from bigseg.errors import (
     InputError,
     InputNotFoundError,
@@ -133,7 +133,6 @@ def test_groups_and_arrays_open_in_every_kind_of_store(root: str) -> None:
         read[:] = 1
     store.writable(read)[:4, :4] = 7
     assert (read[:4, :4] == 7).all()
-    assert store.total_bytes(url) > 200
 
 
 def test_a_writable_array_survives_pickling(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_damaged_metadata_is_refused_in_one_sentence(tmp_path: Path, text: str) 
 def test_metadata_documents_over_the_limit_are_not_parsed(tmp_path: Path, name: str) -> None:
     zarr.create_group(str(tmp_path), zarr_format=2)
     with (tmp_path / name).open("wb") as file:
-        file.truncate(store.MAX_METADATA_BYTES + 1)
+        file.truncate(guards.MAX_METADATA_BYTES + 1)
     with pytest.raises(InputError, match="more than the 16777216 allowed for metadata"):
         store.open_group(str(tmp_path), mode="r")
 

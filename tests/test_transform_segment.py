@@ -7,7 +7,7 @@ from helpers import config_of, noise, write_image, write_model
 from bigseg.cluster import connect
 from bigseg.config import NormRule, UNetSpec
 from bigseg.errors import InputError, UsageError
-from bigseg.infer_actor import segment_on_ray
+from bigseg.on_ray import segment_on_ray
 from bigseg.progress import NullProgress
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume

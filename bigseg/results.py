@@ -1,0 +1,124 @@
+"""What a segmentation leaves on disk: made, found again, removed.
+
+    OUT/            group: multiscales, and `bigseg` (the fingerprint of the plan that made it)
+      0  1  2 ...   the voxels
+      ledger/       what is finished
+
+It is in the list of labels only while it is finished.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bigseg import layout, store
+from bigseg.config import parse_settings
+from bigseg.errors import ConfigError, InputError, OutputError, UsageError
+from bigseg.ledger import Ledger
+from bigseg.plan import Plan, output_spec
+from bigseg.stages import stage_grids
+from bigseg.volume import create_pyramid, open_volume, unlist_label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def ledger_url(output_url: str) -> str:
+    """Where the ledger of a result lies."""
+    return store.join(output_url, "ledger")
+
+
+def begun_plan(ledger: Ledger, url: str) -> Plan:
+    """The plan of a result that was begun at `url`.
+
+    Raises:
+        UsageError: another version of bigseg made it.
+    """
+    try:
+        return parse_settings(Plan, ledger.plan, source=ledger.url)
+    except ConfigError as error:
+        raise UsageError(
+            f"{url} was begun by another version of bigseg ({error}): go on with that one, choose "
+            "another --name or --out, or start anew with --overwrite"
+        ) from None
+
+
+def check_same(begun: Plan, plan: Plan, url: str) -> None:
+    """Refuse to go on at `url` with another plan.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if differences := begun.differences(plan):
+        raise UsageError(
+            f"{url} was made with other settings ({'; '.join(differences[:4])}): repeat those, "
+            "choose another --name or --out, or start anew with --overwrite"
+        )
+
+
+def create_result(plan: Plan, guard: Callable[[], None]) -> Ledger:
+    """An empty result for the plan, unlisted, and its ledger.
+
+    Raises:
+        OutputError: there is something else, or the place cannot be written.
+    """
+    source = open_volume(plan.source.url, level=plan.source.level)
+    url = plan.output.url
+    guard()
+    if is_begun := _is_begun(plan):
+        if plan.output.beside:
+            unlist_label(source.url, plan.output.name)
+    else:
+        create_pyramid(source, url, output_spec(plan), name=plan.output.name)
+    n_blocks = {stage: len(grid) for stage, grid in stage_grids(plan).items()}
+    ledger = Ledger.create(ledger_url(url), plan.model_dump(mode="json"), n_blocks, guard=guard)
+    ledger.is_new = not is_begun
+    return ledger
+
+
+def remove_result(url: str, *, image: str | None, guard: Callable[[], None]) -> None:
+    """Unlist and delete a result, if a segmentation by bigseg made it; nothing is fine.
+
+    `image` is the image that lists it, if any. Its list entry and its ledger go first: what a
+    removal that is cut short leaves is neither listed nor taken for finished, and can be removed by
+    the next.
+
+    Raises:
+        OutputError: something else made it, or it cannot be deleted.
+    """
+    if not store.exists(url) or store.is_empty(url):
+        return
+    if not is_made_by_segment(url):
+        raise OutputError(
+            f"{url} was not made by bigseg segment, so --overwrite does not delete it: delete it "
+            "yourself or choose another --name or --out"
+        )
+    guard()
+    if image is not None:
+        unlist_label(image, store.name_of(url))
+    ledger = Ledger.open(ledger_url(url), guard=guard)
+    if ledger is not None:
+        ledger.discard()
+    store.remove(url)
+
+
+def is_made_by_segment(url: str) -> bool:
+    """Whether a segmentation by bigseg made what is at `url`."""
+    try:
+        # Of the group alone: its arrays can be gone already.
+        provenance = store.open_group(url, mode="r").attrs.get(layout.PROVENANCE)
+    except InputError:
+        return False
+    return isinstance(provenance, dict) and "fingerprint" in provenance
+
+
+def _is_begun(plan: Plan) -> bool:
+    """Whether the output of this very plan is there: created by a run killed before its ledger."""
+    url = plan.output.url
+    if not store.exists(url):
+        return False
+    try:
+        provenance = open_volume(url).provenance
+    except InputError:
+        return False
+    return (provenance or {}).get("fingerprint") == plan.fingerprint
