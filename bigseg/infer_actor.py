@@ -30,7 +30,7 @@ from bigseg.reports import BlockReport
 from bigseg.stages import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from numpy.typing import NDArray
 
@@ -184,7 +184,7 @@ class RayExecutor:
         stage: str,
         pending: NDArray[np.bool_],
         stopping: threading.Event | None = None,
-    ) -> Iterator[BlockReport]:
+    ) -> Generator[BlockReport, None, None]:
         """Reports of all blocks in the order in which they come; errors only after all tries.
 
         When `stopping` is set, the blocks in flight are finished, and the others are left out.

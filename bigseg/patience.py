@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import random
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
@@ -32,6 +34,9 @@ T = TypeVar("T")
 
 BACK_OFF_S = (1.0, 4.0, 12.0)
 """Mean pauses before the second, third and fourth try."""
+
+IMPATIENT_S = 60.0
+"""For so long after a store was given up, each call is tried once, until one is answered."""
 
 _PERMANENT = {
     errno.EACCES,
@@ -96,13 +101,14 @@ def patiently(call: Callable[[], T]) -> T:
     """What `call` gives; called again after a pause where it met an error that passes."""
     for pause_s in _pauses():
         try:
-            return call()
+            return _noted(call())
         except Exception as error:
             if not is_transient(error):
                 raise
             _tell(error, pause_s)
             time.sleep(pause_s)
-    return call()
+    with _last_try():
+        return _noted(call())
 
 
 class PatientStore(WrapperStore[Any]):
@@ -139,18 +145,48 @@ class PatientStore(WrapperStore[Any]):
 async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
     for pause_s in _pauses():
         try:
-            return await call()
+            return _noted(await call())
         except Exception as error:
             if not is_transient(error):
                 raise
             _tell(error, pause_s)
             await asyncio.sleep(pause_s)
-    return await call()
+    with _last_try():
+        return _noted(await call())
 
 
 def _pauses() -> Iterator[float]:
-    """Each other by chance, so that workers do not all come back at once."""
+    """Each other by chance, so that workers do not all come back at once.
+
+    None where a store was given up a moment ago: many calls would each wait for it in vain.
+    """
+    if time.monotonic() - _away.since_s < IMPATIENT_S:
+        return iter(())
     return (pause_s * random.uniform(0.5, 1.5) for pause_s in BACK_OFF_S)
+
+
+class _Away:
+    """When this process last gave a store up that has not answered since."""
+
+    since_s = -math.inf
+
+
+_away = _Away()
+
+
+def _noted(answer: T) -> T:
+    _away.since_s = -math.inf
+    return answer
+
+
+@contextmanager
+def _last_try() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_transient(error):
+            _away.since_s = time.monotonic()
+        raise
 
 
 def _tell(error: Exception, pause_s: float) -> None:

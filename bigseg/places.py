@@ -19,7 +19,7 @@ from bigseg.stages import Worker
 from bigseg.trial import Trial, time_tile, try_engines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Executor(Protocol):
         stage: str,
         pending: NDArray[np.bool_],
         stopping: threading.Event | None = None,
-    ) -> Iterator[BlockReport]:
+    ) -> Generator[BlockReport, None, None]:
         """A report for every block that is pending; after `stopping` for those in flight."""
 
 
@@ -73,11 +73,16 @@ class SerialExecutor:
         stage: str,
         pending: NDArray[np.bool_],
         stopping: threading.Event | None = None,
-    ) -> Iterator[BlockReport]:
+    ) -> Generator[BlockReport, None, None]:
         """A report for every block that is pending, in order; after `stopping` only those begun."""
         self._worker.stopping = stopping or threading.Event()
-        for report in self._worker.run(stage, map(int, np.flatnonzero(pending))):
-            yield replace(report, spent=self._worker.take_spent())
+        try:
+            for report in self._worker.run(stage, map(int, np.flatnonzero(pending))):
+                yield replace(report, spent=self._worker.take_spent())
+        except GeneratorExit:
+            # Nobody listens any more: what was only read ahead is left out.
+            self._worker.stopping.set()
+            raise
 
 
 class Place(Protocol):

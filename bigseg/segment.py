@@ -35,7 +35,7 @@ from bigseg.trial import is_worth_trying
 from bigseg.volume import list_label
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from bigseg.blocks import BlockGrid
     from bigseg.config import SegmentConfig
@@ -247,7 +247,9 @@ class _Follower:
     n_done: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
-    def follow(self, reports: Iterator[BlockReport], failed: list[BlockReport]) -> Spent:
+    def follow(
+        self, reports: Generator[BlockReport, None, None], failed: list[BlockReport]
+    ) -> Spent:
         """Take all reports; gives what the workers spent.
 
         Raises:
@@ -270,7 +272,10 @@ class _Follower:
                     )
                 failed.append(report)
         finally:
-            self.ledger.flush()
+            try:
+                self.ledger.flush()
+            finally:
+                reports.close()
         return total
 
     def _done(self, report: BlockReport, total: Spent) -> None:

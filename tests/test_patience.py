@@ -61,6 +61,7 @@ OTHER = [
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
     monkeypatch.setattr(room, "BACK_OFF_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(room, "_away", room._Away())
 
 
 @pytest.mark.parametrize("error", TRANSIENT + PERMANENT + OTHER, ids=repr)
@@ -121,6 +122,17 @@ def test_what_passes_is_tried_again_up_to_three_times(n):
 def test_what_does_not_pass_in_time_is_raised():
     with pytest.raises(TimeoutError):
         patiently(failing([TimeoutError()] * 4))
+
+
+def test_a_store_that_was_given_up_is_asked_once_until_it_answers():
+    with pytest.raises(TimeoutError):
+        patiently(failing([TimeoutError()] * 4))
+    call = failing([TimeoutError()] * 2)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            patiently(call)
+    assert patiently(call) == "there"
+    assert patiently(failing([TimeoutError()] * 3)) == "there"
 
 
 @pytest.mark.parametrize("error", PERMANENT + OTHER, ids=repr)

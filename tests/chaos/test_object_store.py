@@ -159,7 +159,7 @@ def test_a_store_that_stays_away_ends_the_run_after_a_bounded_number_of_tries(
     away = Trouble("PUT", r"/cells/0/c/", 503, skip=6, times=10**6)
     faults.plan(patience=QUICK)
     s3.proxy.suffer(away)
-    ended = scene.start(words(scene), **s3.environment).end(within_s=120)
+    ended = scene.start(words(scene), **s3.environment).end(within_s=240)
     assert ended.code == 5, ended.said
     assert "Traceback" not in ended.said
     assert len(faults.at("before-work")) < 40, "it does not ask in vain for every block"
