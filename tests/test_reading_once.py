@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import ray
 from counting import counted
 from helpers import RESOURCES, config_of, noise, write_image, write_model
 
@@ -11,8 +12,9 @@ from bigseg import stages
 from bigseg.cluster import connect
 from bigseg.config import UNetSpec
 from bigseg.forecast import make_forecast
+from bigseg.infer_actor import RayExecutor
 from bigseg.ledger import Ledger
-from bigseg.on_ray import segment_on_ray
+from bigseg.machine import Workers
 from bigseg.places import SerialExecutor
 from bigseg.plan import PREDICT
 from bigseg.planner import make_plan
@@ -81,11 +83,15 @@ def test_a_beam_that_must_be_narrow_fetches_what_the_plan_says(tmp_path, model):
 
 def test_several_workers_fetch_what_the_plan_says(tmp_path, model):
     image = write_image(tmp_path / "image.zarr", noise(SHAPE), chunks=(16, 16, 16))
-    config = config_of(image, model, tmp_path / "out.zarr", executor="ray", workers=2, **OPTIONS)
-    with connect("local", n_cpus=2):
-        result = segment_on_ray(config, NullProgress())
-    predicted = make_forecast(result.plan, n_workers=2).fetched_bytes
-    assert result.spent.bytes_fetched == pytest.approx(predicted, rel=0.05)
+    plan, _ = prepare(config_of(image, model, tmp_path / "out.zarr", **OPTIONS), RESOURCES)
+    with connect("local", n_cpus=2), RayExecutor(plan, Workers(2, 1)) as executor:
+        # One that starts late leaves a part of its blocks to the other, which fetches less.
+        executor._pool = [executor._start(PREDICT) for _ in range(2)]
+        ray.wait([member.starting for member in executor._pool], num_returns=2)
+        reports = list(executor.run(PREDICT, np.ones(len(plan.grid), np.bool_)))
+    fetched = sum(report.spent.bytes_fetched for report in reports if report.spent)
+    predicted = make_forecast(plan, n_workers=2).fetched_bytes
+    assert fetched == pytest.approx(predicted, rel=0.05)
     assert predicted > np.prod(SHAPE)
 
 

@@ -173,7 +173,8 @@ def test_no_labels_are_written_through_a_link(precious, tmp_path, image, model):
 
 def test_no_chunk_is_written_through_a_link(precious, tmp_path):
     group = store.open_group(str(tmp_path / "a.zarr"), mode="a")
-    array = group.create_array("0", shape=(8,), chunks=(4,), dtype="uint8")
+    # One chunk: of several, others would still be on their way when the first is refused.
+    array = group.create_array("0", shape=(4,), chunks=(4,), dtype="uint8")
     (tmp_path / "a.zarr" / "0" / "c").symlink_to(precious)
     with pytest.raises(OutputError, match="put a directory in its place"):
         store.writable(store.open_array(str(tmp_path / "a.zarr/0"), mode="r"))[:] = 1
@@ -184,7 +185,7 @@ def test_no_chunk_is_written_through_a_link(precious, tmp_path):
     (tmp_path / "a.zarr" / "0" / "c" / "0").symlink_to(victim)
     store.writable(array)[:] = 1
     assert victim.read_bytes() == b"mine"
-    assert array[:].tolist() == [1] * 8
+    assert array[:].tolist() == [1] * 4
 
 
 def test_deleting_follows_no_link(precious, tmp_path):
