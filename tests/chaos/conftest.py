@@ -46,7 +46,11 @@ LONG = (
     "test_no_space_for_the_ledger",
     "[1/c/0/0/0-",
     "test_the_driver_of_a_ray_training",
+    "test_a_rank_killed_at_a_random_step",
+    "test_of_a_truncated_state",
+    "test_no_permission_ends_the_run_at_once",
     "between the journal and its name",
+    "between the model and its name",
 )
 
 
