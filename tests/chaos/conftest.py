@@ -51,6 +51,7 @@ LONG = (
     "test_no_permission_ends_the_run_at_once",
     "between the journal and its name",
     "between the model and its name",
+    "at_any_moment_goes_on_with_the_same_command[before it is listed]",
 )
 
 
