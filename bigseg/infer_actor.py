@@ -327,13 +327,13 @@ class RayExecutor:
         member = self._pool[number]
         self.n_deaths += 1
         book.returned(member.leases())
+        if member.n_breaks >= MAX_BREAKS:
+            logger.warning("a worker fails again and again: the others go on without it")
+            self._retire(number, book)
+            return
         logger.warning("a worker fails at blocks that others can do: it is started again")
         ray.kill(member.actor)
-        if member.n_breaks >= MAX_BREAKS:
-            logger.warning("it failed again and again: the others go on without it")
-            self._retire(number, book)
-        else:
-            self._put(number, self._start(stage), member.n_breaks + 1)
+        self._put(number, self._start(stage), member.n_breaks + 1)
 
     def _retire(self, number: int, book: LeaseBook) -> None:
         member = self._pool[number]

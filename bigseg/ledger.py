@@ -198,7 +198,9 @@ class Ledger:
         self._of(stage)[block] = checksum
         self._changed.add((stage, block // MARKS_PER_CHUNK))
         for kind in ("failures", "filled"):
-            if self._troubles_of(kind).pop(_key(stage, block), None) is not None:
+            troubles = self._troubles_of(kind)
+            # Mostly there are none, and this is done for every block.
+            if troubles and troubles.pop(_key(stage, block), None) is not None:
                 self._troubles_changed = True
         if self._clock() - self._flushed_at >= FLUSH_EVERY_S:
             self.flush()

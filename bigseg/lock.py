@@ -128,11 +128,10 @@ class Lock:
                     lock._made = parent if made else None
                     return lock
                 continue
-            if there.owner != mine.owner:
-                _wait_for_its_end(output_url, there, beat_s, stale_s)
-                mine = replace(mine, generation=there.generation + 1)
-                _put(output_url, mine)
-                time.sleep(min(SETTLE_S, stale_s))
+            _wait_for_its_end(output_url, there, beat_s, stale_s)
+            mine = replace(mine, generation=there.generation + 1)
+            _put(output_url, mine)
+            time.sleep(min(SETTLE_S, stale_s))
             _refuse_others(output_url, mine)
             logger.warning(
                 "took over %s from a run on %s (process %d) that ended without finishing",
@@ -351,5 +350,5 @@ def _is_running(pid: int) -> int:
     except ProcessLookupError:
         return 0
     except PermissionError:
-        return 1
+        pass
     return 1
