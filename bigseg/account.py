@@ -11,6 +11,14 @@ from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
     from bigseg.segment import SegmentResult
+    from bigseg.view import Kind
+
+
+_PICTURES: dict[str, Kind] = {
+    "labels": "classes",
+    "probabilities": "probability",
+    "instances": "objects",
+}
 
 
 def remarks(result: SegmentResult) -> list[str]:
@@ -52,9 +60,14 @@ def conclusion(result: SegmentResult) -> list[str]:
         open_volume(plan.output.url),
         plan.region,
         channel=plan.source.channels[0],
-        kind="classes" if plan.output.kind == "labels" else "probability",
+        kind=_PICTURES[plan.output.kind],
     )
+    what = f"{result.n_blocks} blocks" if result.n_objects is None else _objects(result.n_objects)
     return [
-        f"{plan.output.url}: {result.n_blocks} blocks in {result.seconds:.1f} s",
+        f"{plan.output.url}: {what} in {result.seconds:.1f} s",
         f"{picture}: a middle plane, raw | result | overlay",
     ]
+
+
+def _objects(n: int) -> str:
+    return f"{n} object" if n == 1 else f"{n} objects"

@@ -1,6 +1,7 @@
 """An image with its labels, seen as what the network learns: the target of any region.
 
     labels on disk ──read with a margin──> classes, or background, inside, border ──crop──> target
+                                      └──> closeness to two objects, where the loss asks for it
 
 Targets that are derived from instance labels depend on neighbouring voxels, so they are computed
 with a margin: the target of a voxel is the same whatever region it is read with. It knows neither
@@ -19,9 +20,10 @@ from bigseg.blocks import BlockGrid, Region, Vec, parse_region, round_up
 from bigseg.errors import ConfigError, InputError, UsageError
 from bigseg.targets import IGNORE, boundary, boundary_margin_vox, semantic
 from bigseg.volume import Volume, open_volume
+from bigseg.weightmap import closeness, closeness_margin_vox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,6 +33,8 @@ MAX_CLASSES = 256
 BLOCK_VOXELS = 1 << 22
 HELD_OUT = 0.2
 VALIDATION_VOXELS = 1 << 22
+BORDER_VOX = 2.0
+SIGMA_VOX = 5.0  # as in the U-Net paper
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Annotated:
             target[inside.relative_to(region.start).slices] = self._classes(inside, dims, n_classes)
         return target
 
+    def closeness(self, region: Region, *, dims: int) -> NDArray[np.int16]:
+        """How close the voxels (t, z, y, x) of any region lie to two objects; see weightmap.py.
+
+        0 outside the volume.
+        """
+        found = np.zeros(region.shape, np.int16)
+        inside = region.intersect(Region.of_shape(self.image.shape))
+        if inside.n_voxels:
+            found[inside.relative_to(region.start).slices] = self._closeness(inside, dims)
+        return found
+
     def blocks(self, region: Region) -> Iterator[Region]:
         """The region in pieces of whole chunks, about `BLOCK_VOXELS` each."""
         return (block.core for block in BlockGrid(region, _block_shape(self.labels)))
@@ -69,6 +84,28 @@ class Annotated:
         """The labels as they are stored (t, z, y, x); the region lies inside the volume."""
         labels: NDArray[Any] = self.labels.read(region)[0]
         return labels
+
+    def objects(self, region: Region, *, dims: int) -> NDArray[np.int64]:
+        """The true objects (t, z, y, x) of a region of labels, numbered from 1; 0 is background.
+
+        IGNORE where not annotated. Where the network sees planes, objects end with their plane.
+        """
+        labels = self.read_labels(region)
+        found = np.zeros(labels.shape, np.int64)
+        stacks = zip(
+            labels.reshape(-1, *labels.shape[-dims:]),
+            found.reshape(-1, *labels.shape[-dims:]),
+            strict=True,
+        )
+        n_objects = 0
+        for stack, into in stacks:
+            values, numbers = np.unique(stack, return_inverse=True)
+            is_object = (values != 0) & (values != self.config.ignore)
+            new = np.where(is_object, np.cumsum(is_object) + n_objects, 0)
+            new[values == self.config.ignore] = IGNORE
+            into[:] = new[numbers.reshape(stack.shape)]
+            n_objects += int(np.count_nonzero(is_object))
+        return found
 
     def count_labels(self, region: Region) -> NDArray[np.int64]:
         """Voxels of each label value below `MAX_CLASSES` in the region; not of `ignore`.
@@ -85,7 +122,7 @@ class Annotated:
                 raise InputError(
                     f"labels {self.config.labels!r} of {self.image.url} have values from "
                     f"{values.min()} to {values.max()}, but classes are numbered 0 to "
-                    f"{MAX_CLASSES - 1}: for numbered objects use `task: boundary`, for voxels "
+                    f"{MAX_CLASSES - 1}: for numbered objects use `task: instances`, for voxels "
                     "without annotation set `ignore`"
                 )
             counts += np.bincount(values.astype(np.int64), minlength=MAX_CLASSES)
@@ -120,23 +157,41 @@ class Annotated:
 
     def _boundaries(self, region: Region, dims: int) -> NDArray[Any]:
         size = self.voxel_size[-dims:]
-        margin = (0,) * (4 - dims) + boundary_margin_vox(self.config.border_vox, size)
-        grown = region.grow(margin, margin).intersect(Region.of_shape(self.image.shape))
-        labels = self.read_labels(grown)
-        stack = labels.reshape(-1, *labels.shape[-dims:])
+        border_vox = _in_voxels(self.config.border_um, size, default=BORDER_VOX)
+
+        def classes(labels: NDArray[Any]) -> NDArray[Any]:
+            return boundary(
+                labels, border_vox=border_vox, voxel_size=size, ignore=self.config.ignore
+            )
+
         try:
-            classes = [
-                boundary(
-                    one,
-                    border_vox=self.config.border_vox,
-                    voxel_size=size,
-                    ignore=self.config.ignore,
-                )
-                for one in stack
-            ]
+            return self._derived(region, classes, boundary_margin_vox(border_vox, size))
         except InputError as error:
             raise InputError(f"{self.labels.url}: {error}") from None
-        whole: NDArray[Any] = np.stack(classes).reshape(labels.shape)
+
+    def _closeness(self, region: Region, dims: int) -> NDArray[Any]:
+        rule = self.config.loss.weight_map
+        assert rule is not None
+        size = self.voxel_size[-dims:]
+        sigma_vox = _in_voxels(rule.sigma_um, size, default=SIGMA_VOX)
+
+        def close(labels: NDArray[Any]) -> NDArray[Any]:
+            return closeness(
+                labels, sigma_vox=sigma_vox, voxel_size=size, ignore=self.config.ignore
+            )
+
+        return self._derived(region, close, closeness_margin_vox(sigma_vox, size))
+
+    def _derived(
+        self, region: Region, derive: Callable[[NDArray[Any]], NDArray[Any]], margin: Vec
+    ) -> NDArray[Any]:
+        """What `derive` makes of the labels, of each (z,) y, x by itself, with a margin of them."""
+        dims = len(margin)
+        around = (0,) * (4 - dims) + margin
+        grown = region.grow(around, around).intersect(Region.of_shape(self.image.shape))
+        labels = self.read_labels(grown)
+        stack = labels.reshape(-1, *labels.shape[-dims:])
+        whole: NDArray[Any] = np.stack([derive(one) for one in stack]).reshape(labels.shape)
         return whole[region.relative_to(grown.start).slices]
 
 
@@ -167,7 +222,7 @@ def split(annotated: Annotated) -> tuple[Region, Region]:
 
     Without `val_region` the last fifth of the region's planes is held out; of its rows, where it
     has fewer than five planes. A `val_region` inside the region is left out of it when patches are
-    read.
+    read. With `val_images` nothing else is held out.
 
     Raises:
         ConfigError: regions, time point or channels that the image does not have.
@@ -175,6 +230,8 @@ def split(annotated: Annotated) -> tuple[Region, Region]:
     config = annotated.config
     _check_place(annotated, config)
     train = _place(annotated, config.region, config)
+    if config.val_images:
+        return train, _nowhere(train)
     if config.val_region is not None:
         return train, _place(annotated, config.val_region, config)
     axis = 1 if train.shape[1] >= 5 else 2
@@ -183,7 +240,7 @@ def split(annotated: Annotated) -> tuple[Region, Region]:
     if cut <= train.start[axis]:
         raise ConfigError(
             f"the region {train} (t, z, y, x) of {annotated.image.url} is too small to hold a part "
-            "out for validation: give val_region"
+            "out for validation: give val_region, or val_images"
         )
     return (
         Region(train.start, (*train.stop[:axis], cut, *train.stop[axis + 1 :])),
@@ -191,23 +248,54 @@ def split(annotated: Annotated) -> tuple[Region, Region]:
     )
 
 
-def middle(region: Region, *, n_images: int = 1) -> Region:
-    """The middle of a held-out region, which is what validation looks at.
+def held_out(annotated: Annotated) -> tuple[Region, Region]:
+    """The same of an image that is validated on whole: it is learned nowhere.
 
-    Its longest axes are cut until it has at most `VALIDATION_VOXELS` / `n_images` voxels.
+    Raises:
+        ConfigError: a time point or channels that the image does not have.
     """
-    budget = max(1, VALIDATION_VOXELS // n_images)
+    _check_place(annotated, annotated.config)
+    val = _place(annotated, None, annotated.config)
+    return _nowhere(val), val
+
+
+def judged(regions: Sequence[Region]) -> list[Region]:
+    """What validation looks at of the held-out regions of all images; empty ones stay empty.
+
+    All of it where that is at most `VALIDATION_VOXELS`; else the `middle` of those that have more
+    than an equal share of what is left for them.
+    """
+    parts = list(regions)
+    left, n_left = VALIDATION_VOXELS, sum(1 for region in regions if region.n_voxels)
+    for i in sorted(range(len(parts)), key=lambda i: parts[i].n_voxels):
+        if parts[i].n_voxels:
+            parts[i] = middle(parts[i], at_most=max(1, left // n_left))
+            left, n_left = left - parts[i].n_voxels, n_left - 1
+    return parts
+
+
+def middle(region: Region, *, at_most: int) -> Region:
+    """The middle of a region: its longest axes are cut until it has `at_most` voxels."""
     shape = list(region.shape)
-    while math.prod(shape) > budget:
+    while math.prod(shape) > at_most:
         longest = max(range(len(shape)), key=lambda axis: shape[axis])
         others = math.prod(shape) // shape[longest]
         second = max((n for axis, n in enumerate(shape) if axis != longest), default=1)
-        fitting = max(1, budget // others)
+        fitting = max(1, at_most // others)
         shape[longest] = max(fitting, min(second, shape[longest] - 1))
     start = tuple(
         a + (n - s) // 2 for a, n, s in zip(region.start, region.shape, shape, strict=True)
     )
     return Region(start, tuple(a + n for a, n in zip(start, shape, strict=True)))
+
+
+def _nowhere(region: Region) -> Region:
+    return Region(region.start, region.start)
+
+
+def _in_voxels(length: float | None, voxel_size: Sequence[float], *, default: float) -> float:
+    """A length in the unit of `voxel_size` as voxels of the finest axis."""
+    return default if length is None else length / min(voxel_size)
 
 
 def _check_place(annotated: Annotated, config: TrainConfig) -> None:

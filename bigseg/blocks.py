@@ -215,6 +215,37 @@ class BlockGrid:
             )
         )
 
+    def position_of(self, block: Block) -> Vec:
+        """Where in the grid a block lies, counted in cores from the first."""
+        return tuple(
+            a // c - f
+            for a, c, f in zip(block.core.start, self.core_shape, self.first, strict=True)
+        )
+
+    def number_at(self, position: Sequence[int]) -> int | None:
+        """The number of the block at a place of the grid; None beside the grid."""
+        if not all(0 <= p < n for p, n in zip(position, self.shape, strict=True)):
+            return None
+        if self.beam is None:
+            return _raster_number(position, self.shape)
+        *outer, n_z, n_y, n_x = self.shape
+        *time_point, z, y, x = position
+        beam_y, beam_x = self.beam
+        row, column = y // beam_y, x // beam_x
+        height = min(beam_y, n_y - row * beam_y)
+        width = min(beam_x, n_x - column * beam_x)
+        if self._runs_backwards(row, column):
+            z = n_z - 1 - z
+        before = _raster_number(time_point, outer) * n_z * n_y * n_x
+        before += n_z * (row * beam_y * n_x + column * height * beam_x)
+        inside = (z, y - row * beam_y, x - column * beam_x)
+        return before + _raster_number(inside, (n_z, height, width))
+
+    def _runs_backwards(self, row: int, column: int) -> bool:
+        """Whether the beam in this row and column of beams runs against z."""
+        assert self.beam is not None
+        return (row * ceil_div(self.shape[-1], self.beam[1]) + column) % 2 == 1
+
     def _position(self, index: int) -> Vec:
         """Where in the grid block `index` lies, counted in cores from the first."""
         if self.beam is None:
@@ -227,7 +258,7 @@ class BlockGrid:
         column, rest = divmod(rest, n_z * height * beam_x)
         width = min(beam_x, n_x - column * beam_x)
         z, y, x = _raster_position(rest, (n_z, height, width))
-        if (row * ceil_div(n_x, beam_x) + column) % 2:
+        if self._runs_backwards(row, column):
             z = n_z - 1 - z
         return (*_raster_position(time_point, outer), z, row * beam_y + y, column * beam_x + x)
 
@@ -238,6 +269,13 @@ def _raster_position(index: int, shape: Sequence[int]) -> Vec:
         index, p = divmod(index, n)
         position.append(p)
     return tuple(reversed(position))
+
+
+def _raster_number(position: Sequence[int], shape: Sequence[int]) -> int:
+    number = 0
+    for p, n in zip(position, shape, strict=True):
+        number = number * n + p
+    return number
 
 
 def tiles_of(core: Region, tile_shape: Sequence[int]) -> Iterator[Region]:

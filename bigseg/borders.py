@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from bigseg.blocks import Block, BlockGrid, Vec
+    from bigseg.blocks import Block, BlockGrid
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def touching(grid: BlockGrid, region: Region) -> list[int]:
         range(a // c - f, ceil_div(b, c) - f)
         for a, b, c, f in zip(inside.start, inside.stop, grid.core_shape, grid.first, strict=True)
     ]
-    return sorted(_number_at(grid, position) for position in itertools.product(*axes))
+    numbers = map(grid.number_at, itertools.product(*axes))
+    return sorted(number for number in numbers if number is not None)
 
 
 def scaled(region: Region, shape: Sequence[int], other_shape: Sequence[int]) -> Region:
@@ -69,7 +70,7 @@ def draw_place(
     It has `sides` voxels, half of them on each side of a border, along `n_axes` axes of space: as
     many of those as there are axes with a neighbour. Along the others it lies inside the core.
     """
-    position = _position_of(grid, block)
+    position = grid.position_of(block)
     crossable = [i for i in range(1, len(sides)) if grid.shape[i] > 1]
     chosen = rng.permutation(crossable)[:n_axes].tolist()
     start, stop = [], []
@@ -83,37 +84,3 @@ def draw_place(
             start.append(int(rng.integers(a, max(a, b - side) + 1)))
             stop.append(min(b, start[-1] + side))
     return Place(Region(tuple(start), tuple(stop)).intersect(grid.region), len(chosen))
-
-
-def _position_of(grid: BlockGrid, block: Block) -> Vec:
-    """Where in the grid a block lies, counted in cores from the first."""
-    return tuple(
-        a // c - f for a, c, f in zip(block.core.start, grid.core_shape, grid.first, strict=True)
-    )
-
-
-def _number_at(grid: BlockGrid, position: Sequence[int]) -> int:
-    """The number of the block at a place of the grid, counted in cores from the first.
-
-    The order of raster and beams is that of `BlockGrid`.
-    """
-    if grid.beam is None:
-        return _raster(position, grid.shape)
-    *outer, n_z, n_y, n_x = grid.shape
-    *time_point, z, y, x = position
-    beam_y, beam_x = grid.beam
-    row, column = y // beam_y, x // beam_x
-    height = min(beam_y, n_y - row * beam_y)
-    width = min(beam_x, n_x - column * beam_x)
-    if (row * ceil_div(n_x, beam_x) + column) % 2:
-        z = n_z - 1 - z
-    before = _raster(time_point, outer) * n_z * n_y * n_x
-    before += n_z * (row * beam_y * n_x + column * height * beam_x)
-    return before + _raster((z, y - row * beam_y, x - column * beam_x), (n_z, height, width))
-
-
-def _raster(position: Sequence[int], shape: Sequence[int]) -> int:
-    number = 0
-    for p, n in zip(position, shape, strict=True):
-        number = number * n + p
-    return number

@@ -6,7 +6,6 @@ console.py has what the commands share.
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
@@ -20,12 +19,14 @@ from bigseg.console import (
     json_option,
     numbers,
     progress_bar,
+    say,
     segment_config,
     segment_options,
     verbose_option,
 )
-from bigseg.errors import IncompleteError, UsageError
+from bigseg.errors import UsageError
 from bigseg.guards import printable
+from bigseg.result_commands import clean, instances, objects, status, verify
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,6 +48,8 @@ def main(verbose: bool) -> None:
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... OUT.zarr")
 @click.option("--labels", metavar="NAME", help="Write labels NAME beside the image OUT.zarr.")
+@click.option("--each", metavar="[PATTERN]", is_flag=False, flag_value="{name}", help="Every file "
+              "is an image of its own in folder OUT; {name}_raw: a.zarr of a_raw.tif.")  # fmt: skip
 @click.option("--axes", metavar="zyx", help="What the axes of the source are, of t, c, z, y, x.")
 @click.option("--voxel-size", metavar="Z,Y,X", help="Voxel size along the spatial axes.")
 @click.option("--unit", default="micrometer", show_default=True, help="Unit of the voxel size.")
@@ -56,6 +59,7 @@ def main(verbose: bool) -> None:
 def convert(
     paths: tuple[str, ...],
     labels: str | None,
+    each: str | None,
     axes: str | None,
     voxel_size: str | None,
     unit: str,
@@ -70,24 +74,25 @@ def convert(
       bigseg convert planes/*.png image.zarr --axes zyx
       bigseg convert file.h5:/raw image.zarr
       bigseg convert truth.tif image.zarr --labels cells
+      bigseg convert *_raw.tif images --each {name}_raw
+      bigseg convert *_cells.tif images --each {name}_cells --labels cells
     """  # noqa: D301
-    from bigseg.convert import convert as run
+    from bigseg.convert import Conversion
+    from bigseg.folders import convert_files
 
     if len(paths) < 2:
         raise UsageError(f"convert needs sources and an output, {paths[0]!r} is only one of them")
+    wanted = Conversion(
+        labels=labels,
+        axes=axes,
+        voxel_size=numbers(voxel_size, "--voxel-size"),
+        unit=unit,
+        version="0.4" if ome_version == "0.4" else "0.5",
+        overwrite=overwrite,
+    )
     with progress_bar() as progress:
-        volume = run(
-            paths[:-1],
-            paths[-1],
-            labels=labels,
-            axes=axes,
-            voxel_size=numbers(voxel_size, "--voxel-size"),
-            unit=unit,
-            version="0.4" if ome_version == "0.4" else "0.5",
-            overwrite=overwrite,
-            progress=progress,
-        )
-    click.echo(volume.url)
+        made = convert_files(wanted, paths[:-1], paths[-1], each=each, progress=progress)
+    click.echo("\n".join(made))
 
 
 @main.command()
@@ -133,7 +138,7 @@ def sample(url: str, shape: str, seed: int) -> None:
 @click.option("--labels", metavar="NAME", help="The labels in each image to learn from.")
 @click.option("--out", required=True, metavar="RUN", help="Folder of the run.")
 @click.option("-c", "--config", metavar="FILE", help="YAML with any setting; options win over it.")
-@click.option("--task", type=click.Choice(["semantic", "boundary"]), help="Labels are classes, or "
+@click.option("--task", type=click.Choice(["semantic", "instances"]), help="Labels are classes, or "
               "instances of which background, inside and border are learnt.")  # fmt: skip
 @click.option("--dims", type=click.Choice(["2", "3"]), help="2-D or 3-D network.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps.")
@@ -144,6 +149,8 @@ def sample(url: str, shape: str, seed: int) -> None:
 @click.option("--time", type=click.IntRange(min=0), help="Time point; all by default.")
 @click.option("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Where to train.")
 @click.option("--val-region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Where to validate.")
+@click.option("--val-image", metavar="IMAGE", multiple=True, help="Validate on the whole of it, "
+              "instead of a part of each image; may be repeated.")  # fmt: skip
 @click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS.")
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder of another run.")
@@ -153,6 +160,7 @@ def train(
     out: str,
     config: str | None,
     channel: tuple[int, ...],
+    val_image: tuple[str, ...],
     executor: str,
     address: str | None,
     overwrite: bool,
@@ -163,17 +171,18 @@ def train(
     \b
     Examples:
       bigseg train image.zarr --labels cells --out run --dims 2 --steps 1000
-      bigseg train a.zarr b.zarr --labels nuclei --out run --workers 4
+      bigseg train images --labels nuclei --out run --workers 4
       bigseg train -c config.yaml --out run
     """  # noqa: D301
     from bigseg.config import load_train_config
+    from bigseg.folders import images_in
     from bigseg.train_ddp import train as run
 
-    given = {"images": images, "channels": channel, **settings}
+    given = {"images": images, "channels": channel, "val_images": val_image, **settings}
     given["dims"] = int(given["dims"]) if given["dims"] else None
     overrides = {key: value for key, value in given.items() if value not in (None, ())}
-    if "images" in overrides:
-        overrides["images"] = tuple(map(absolute, images))
+    for key in {"images", "val_images"} & overrides.keys():
+        overrides[key] = images_in(map(absolute, overrides[key]))
     with progress_bar() as progress:
         result = run(
             load_train_config(config, overrides),
@@ -187,6 +196,8 @@ def train(
         f"{result.model_url}: {result.steps} steps in {result.seconds:.0f} s, "
         f"best validation Dice {result.best_score:.4f}"
     )
+    if result.instances is not None:
+        click.echo(result.instances)
 
 
 @main.command()
@@ -230,7 +241,7 @@ def plan(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """  # noqa: D301
     from bigseg.bench import foresee
 
-    _say(foresee(segment_config(options)), as_json=as_json)
+    say(foresee(segment_config(options)), as_json=as_json)
 
 
 @main.command()
@@ -253,7 +264,7 @@ def bench(blocks: int, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 
     with progress_bar() as progress:
         result = run_bench(segment_config(options), n_blocks=blocks, progress=progress)
-    _say(result, as_json=as_json)
+    say(result, as_json=as_json)
 
 
 @main.command()
@@ -271,7 +282,7 @@ def evaluate(pred: str, truth: str, region: str | None, as_json: bool) -> None:
     """  # noqa: D301
     from bigseg.evaluate import evaluate_urls
 
-    _say(evaluate_urls(pred, truth, region=region), as_json=as_json)
+    say(evaluate_urls(pred, truth, region=region), as_json=as_json)
 
 
 @main.command()
@@ -294,92 +305,5 @@ def demo(folder: str, show: bool) -> None:
         click.launch(result.picture)
 
 
-@main.command()
-@click.argument("url", metavar="OUT")
-@json_option
-@verbose_option
-def status(url: str, as_json: bool) -> None:
-    """How far a segmentation is: blocks, rate, time left, what failed, and how to go on.
-
-    OUT is the result: IMAGE/labels/NAME, or what --out named. Nothing is written.
-
-    \b
-    Example:
-      bigseg status image.zarr/labels/bigseg
-    """  # noqa: D301
-    from bigseg.status import read_status
-
-    _say(read_status(absolute(url)), as_json=as_json)
-
-
-@main.command()
-@click.argument("url", metavar="OUT")
-@click.option("--seams", default=16, show_default=True, type=click.IntRange(min=0),
-              help="Places across borders of blocks to compute again.")  # fmt: skip
-@click.option("--chunks", default=64, show_default=True, type=click.IntRange(min=0),
-              help="Chunks of the pyramid to compute again.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@click.option("--transform", metavar="FILE.py:FUNCTION", help="The one of `segment`, if any.")
-@json_option
-@verbose_option
-def verify(
-    url: str, seams: int, chunks: int, seed: int, transform: str | None, as_json: bool
-) -> None:
-    """Read a result again, compute parts of it again, and take back what is wrong.
-
-    The same `bigseg segment` command then makes again what was taken back.
-
-    \b
-    Example:
-      bigseg verify image.zarr/labels/bigseg
-    """  # noqa: D301
-    from bigseg.transform import load_transform
-    from bigseg.verify import verify as run
-
-    with progress_bar() as progress:
-        verification = run(
-            absolute(url),
-            n_seams=seams,
-            n_chunks=chunks,
-            seed=seed,
-            transform=load_transform(transform) if transform else None,
-            progress=progress,
-        )
-    _say(verification, as_json=as_json)
-    if not verification.is_right:
-        raise IncompleteError(verification.sentence)
-
-
-@main.command()
-@click.argument("url", metavar="OUT")
-@click.option("--yes", is_flag=True, help="Delete an unfinished result without asking.")
-@verbose_option
-def clean(url: str, yes: bool) -> None:
-    """Remove what a run that was killed left: temporary files, its lock, an unfinished result.
-
-    A finished result stays.
-
-    \b
-    Example:
-      bigseg clean image.zarr/labels/bigseg
-    """  # noqa: D301
-    from bigseg.cleanup import find_leftovers, remove_leftovers
-
-    found = find_leftovers(absolute(url))
-    if found.deletes_result and not yes:
-        if not can_answer():
-            raise UsageError(f"{found.question} nobody can be asked here: say --yes to delete it")
-        click.confirm(found.question, abort=True, err=True)
-    if not found.is_nothing:
-        remove_leftovers(found)
-    click.echo(printable(found.as_text()))
-
-
-def can_answer() -> bool:
-    """Whether somebody sits at a terminal."""
-    return sys.stdin.isatty()
-
-
-def _say(result: Any, *, as_json: bool) -> None:  # noqa: ANN401 - each says itself in both ways
-    text = json.dumps(result.as_dict(), indent=2) if as_json else printable(result.as_text())
-    click.echo(text)
+for _command in (status, verify, objects, instances, clean):
+    main.add_command(_command)

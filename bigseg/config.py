@@ -6,28 +6,16 @@ All values are frozen and checked once, here, at the edge. Axis tuples are in th
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-from bigseg.errors import ConfigError, UsageError
-from bigseg.guards import check_location
 from bigseg.plain_yaml import read_yaml
+from bigseg.settings import Location, Settings, parse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,28 +25,11 @@ MAX_CONFIG_BYTES = 1 << 20
 LARGEST_STRIDE = 1024
 LARGEST_KERNEL = 63
 
-
-def _without_secret(location: str) -> str:
-    try:
-        return check_location(location)
-    except UsageError as error:
-        # With a type of its own, so that no message shows the value.
-        raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
-
-
-Location = Annotated[str, AfterValidator(_without_secret)]
 Positive = Annotated[int, Field(ge=1)]
 Axes = tuple[int, ...]
 OnBadChunk = Literal["set-aside", "fill"]
-S = TypeVar("S", bound="Settings")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class UNetSpec(Settings):
@@ -169,18 +140,73 @@ class NormConstants(Settings):
     n_voxels: int = 0
 
 
+class InstanceRule(Settings):
+    """How the probabilities of background, inside and border become numbered objects.
+
+    threshold: seeds are where the inside is at least so probable.
+    foreground: objects grow where everything but the background is at least so probable.
+    erode: steps by which seeds shrink first, so that thin bridges between objects break.
+    grow: steps by which they grow again within the foreground.
+    min_size: voxels of the smallest seed that counts.
+    connectivity: along how many axes neighbouring voxels of a seed may differ: 1 faces (4 in a
+        plane, 6 in a volume), 2 edges (8, 18), 3 corners (26).
+    link: planes that a 2-D network segments are joined along z, or frames along t, where their
+        seeds overlap.
+    fill_holes: background that one object encloses becomes part of it.
+
+    A step is one voxel of the finest axis; coarser ones step less often.
+    """
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    foreground: Annotated[float, Field(gt=0, le=1)] = 0.5
+    erode: Annotated[int, Field(ge=0, le=64)] = 1
+    grow: Annotated[int, Field(ge=0, le=64)] = 4
+    min_size: Positive = 1
+    connectivity: Literal[1, 2, 3] = 1
+    link: Literal["z", "t"] | None = None
+    fill_holes: bool = False
+
+    @property
+    def inside_at(self) -> int:
+        """The smallest probability of the inside of a seed, in 255ths."""
+        return math.ceil(255 * self.threshold - 1e-9)
+
+    @property
+    def foreground_at(self) -> int:
+        """The smallest probability of all but the background of an object, in 255ths."""
+        return math.ceil(255 * self.foreground - 1e-9)
+
+
+class RuleOptions(Settings):
+    """What of a rule a user says otherwise; None leaves it as it is."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    foreground: Annotated[float, Field(gt=0, le=1)] | None = None
+    erode: Annotated[int, Field(ge=0, le=64)] | None = None
+    grow: Annotated[int, Field(ge=0, le=64)] | None = None
+    min_size: Positive | None = None
+    connectivity: Literal[1, 2, 3] | None = None
+    link: Literal["z", "t"] | None = None
+    fill_holes: bool | None = None
+
+    def applied_to(self, rule: InstanceRule) -> InstanceRule:
+        """The rule with what is said here."""
+        return rule.model_copy(update=self.model_dump(exclude_none=True))
+
+
 class ModelCard(Settings):
     """All that segmenting needs to know about a model; it travels in the model file's header."""
 
     format: Literal[1] = 1
     spec: UNetSpec
     classes: tuple[str, ...]
-    task: Literal["semantic", "boundary"] = "semantic"
+    task: Literal["semantic", "instances"] = "semantic"
+    instances: InstanceRule | None = None
     voxel_um: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     norm: NormRule = NormRule()
     norm_constants: NormConstants | None = None
     channels: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    trained: dict[str, Any] = {}
+    trained: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -236,35 +262,51 @@ class OptimConfig(Settings):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
+class WeightMap(Settings):
+    """Extra weight of what lies between two objects, as in the U-Net paper (weightmap.py).
+
+    `sigma_um` in micrometer, or the image's own units; None: five voxels of the finest axis.
+    """
+
+    w0: Annotated[float, Field(gt=0, le=1000)] = 10.0
+    sigma_um: Annotated[float, Field(gt=0)] | None = None
+
+
 class LossConfig(Settings):
     """Cross-entropy plus `dice` times a soft Dice loss; both skip ignored voxels.
 
     With `balance` each class weighs the inverse square root of its share of the annotated voxels.
+    With `weight_map` voxels between objects weigh more; of the cross-entropy only, as `balance`.
     """
 
     dice: Annotated[float, Field(ge=0)] = 1.0
     balance: bool = False
+    weight_map: WeightMap | None = None
 
 
 class TrainConfig(Settings):
     """A training run, whole; what `config.yaml` holds.
 
     `images` are OME-Zarr locations, each with labels `labels`. `region` and `val_region` are
-    written z0:z1,y0:y1,x0:x1 at `level`. With `task: boundary` the classes background, inside and
-    border are derived from instance labels, with borders `border_vox` wide.
+    written z0:z1,y0:y1,x0:x1 at `level`. `val_images` are validated on whole instead of a part of
+    each of the `images`, and not learned from, even where they are among them. With `task:
+    instances` the classes background, inside and border are derived from instance labels, with
+    borders `border_um` wide: in micrometer, or the image's own units; None: two voxels of the
+    finest axis.
     """
 
     images: Annotated[tuple[Location, ...], Field(min_length=1)]
+    val_images: tuple[Location, ...] = ()
     labels: str
     level: Annotated[int, Field(ge=0)] = 0
     channels: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     time: Annotated[int, Field(ge=0)] | None = None
     region: str | None = None
     val_region: str | None = None
-    task: Literal["semantic", "boundary"] = "semantic"
+    task: Literal["semantic", "instances"] = "semantic"
     classes: tuple[str, ...] | None = None
     ignore: int | None = None
-    border_vox: Annotated[float, Field(gt=0)] = 2.0
+    border_um: Annotated[float, Field(gt=0)] | None = None
     dims: Literal[2, 3] | None = None
     net: NetConfig = NetConfig()
     norm: NormRule = NormRule()
@@ -283,14 +325,17 @@ class TrainConfig(Settings):
 class SegmentConfig(Settings):
     """What a user says about one segmentation; everything else is decided by the plan.
 
-    `memory` is bytes of main memory for each worker; `transform` is `file.py:function`.
+    `memory` is bytes of main memory for each worker; `transform` is `file.py:function`. Without
+    `output` a model of instances gives those, another one classes.
     """
 
     image: Location
     model: Location
     name: str = "bigseg"
     out: Location | None = None
-    output: Literal["labels", "probabilities"] = "labels"
+    output: Literal["labels", "probabilities", "instances"] | None = None
+    rule: RuleOptions = RuleOptions()
+    keep_probabilities: bool = False
     prob_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     level: Annotated[int, Field(ge=0)] | None = None
     channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -340,49 +385,3 @@ def load_train_config(path: str | Path | None, overrides: Mapping[str, Any]) -> 
 def dump_yaml(settings: Settings) -> str:
     """The settings as YAML that `load_train_config` reads back to an equal value."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def parse_settings(model: type[S], values: Mapping[str, Any], *, source: str) -> S:
-    """`values` as a checked `model`, with errors in one sentence that name the key.
-
-    Raises:
-        ConfigError: for the first key that is unknown or has a wrong value.
-
-    """
-    try:
-        return model.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise ConfigError(_sentence(model, error, source)) from None
-
-
-def _sentence(model: type[Settings], error: pydantic.ValidationError, source: str) -> str:
-    errors = error.errors()
-    # A misspelt key that must be there is unknown and missing: the first says more.
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(p) for p in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _keys_beside(model, first["loc"])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{source}: unknown setting {key!r}{hint}"
-    if first["type"] == "missing":
-        return f"{source}: the setting {key!r} is missing; give it"
-    if first["type"] == "location":
-        return f"{source}: {key}: {first['msg']}"
-    given = first["input"]
-    # A location may hold a password.
-    plain = isinstance(given, str | int | float | bool | list | tuple) and "://" not in str(given)
-    shown = f" = {reprlib.repr(given)}" if plain else ""
-    if isinstance(given, float) and not math.isfinite(given):
-        return f"{source}: {key}{shown} is not a finite number; give one"
-    return f"{source}: {key}{shown}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def _keys_beside(model: type[Settings], location: tuple[int | str, ...]) -> list[str]:
-    current: type[Settings] = model
-    for part in location[:-1]:
-        field = current.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if isinstance(annotation, type) and issubclass(annotation, Settings):
-            current = annotation
-    return list(current.model_fields)

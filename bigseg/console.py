@@ -6,6 +6,7 @@ usage; 3 the input cannot be used; 4 finished with blocks set aside; 5 resources
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from bigseg.guards import check_location, printable, without_secrets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from bigseg.config import SegmentConfig
+    from bigseg.config import RuleOptions, SegmentConfig
 
 
 class Command(click.Command):
@@ -43,7 +44,7 @@ class Command(click.Command):
             way_on = ": the same command goes on from here"
             if ctx.params.get("overwrite"):
                 way_on = ": the same command without --overwrite goes on from here"
-            if self.name not in ("train", "segment"):
+            if self.name not in ("train", "segment", "instances"):
                 way_on = ""
             click.echo(f"interrupted{way_on}", err=True)
             sys.exit(130)
@@ -141,6 +142,44 @@ def _parts(text: str, option: str, kind: type[int] | type[float]) -> Sequence[st
     return parts
 
 
+_CONNECTIVITY = {"4": 1, "8": 2, "6": 1, "18": 2, "26": 3}
+
+_WORKER_OPTIONS = (
+    click.option("--workers", type=click.IntRange(min=1)),
+    click.option(
+        "--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True
+    ),
+    click.option(
+        "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
+    ),
+)
+
+# The settings of InstanceRule; what is left out is the model's.
+_RULE_OPTIONS = (
+    click.option(
+        "--threshold", type=float, metavar="P", help="Seeds: inside at least so probable."
+    ),
+    click.option(
+        "--foreground", type=float, metavar="P", help="Objects: not background so probably."
+    ),
+    click.option(
+        "--erode", type=click.IntRange(min=0), metavar="STEPS", help="Shrink seeds first."
+    ),
+    click.option("--grow", type=click.IntRange(min=0), metavar="STEPS", help="Grow them again."),
+    click.option("--min-size", type=click.IntRange(min=1), metavar="VOXELS", help="Smallest seed."),
+    click.option(
+        "--connectivity",
+        type=click.Choice(list(_CONNECTIVITY)),
+        help="Neighbours of a seed's voxel: 4 or 8 in planes, 6, 18 or 26 in volumes.",
+    ),
+    click.option(
+        "--link", type=click.Choice(["z", "t"]), help="Join planes or frames where seeds overlap."
+    ),
+    click.option(
+        "--fill-holes/--no-fill-holes", default=None, help="Background inside an object is its own."
+    ),
+)
+
 # The settings of SegmentConfig, the same for every command that makes a plan.
 _SEGMENT_OPTIONS = (
     click.argument("image"),
@@ -151,9 +190,13 @@ _SEGMENT_OPTIONS = (
     click.option("--out", metavar="OUT.zarr", help="A store of its own instead of IMAGE/labels."),
     click.option(
         "--output",
-        type=click.Choice(["labels", "probabilities"]),
-        default="labels",
-        show_default=True,
+        type=click.Choice(["labels", "probabilities", "instances"]),
+        help="Default: what the model was trained for, classes (labels) or instances.",
+    ),
+    click.option(
+        "--keep-probabilities",
+        is_flag=True,
+        help="Of instances: let `bigseg instances` make them again by another rule.",
     ),
     click.option(
         "--prob-dtype",
@@ -174,13 +217,6 @@ _SEGMENT_OPTIONS = (
     click.option("--block", metavar="Z,Y,X", help="Core of a block, rounded up to whole tiles."),
     click.option(
         "--tile", metavar="Z,Y,X", help="One forward pass; default: the best for --memory."
-    ),
-    click.option("--workers", type=click.IntRange(min=1)),
-    click.option(
-        "--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True
-    ),
-    click.option(
-        "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
     ),
     click.option(
         "--engine",
@@ -236,18 +272,51 @@ _SEGMENT_OPTIONS = (
 
 def segment_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the image and all options of `segment`."""
-    for option in reversed(_SEGMENT_OPTIONS):
+    return _with((*_SEGMENT_OPTIONS, *_WORKER_OPTIONS, *_RULE_OPTIONS), command)
+
+
+def worker_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where it works."""
+    return _with(_WORKER_OPTIONS, command)
+
+
+def rule_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say how objects are made."""
+    return _with(_RULE_OPTIONS, command)
+
+
+def _with(options: Sequence[Any], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
         command = option(command)
     return command
 
 
+def rule_of(options: dict[str, Any]) -> RuleOptions:
+    """What `rule_options` were given; they are taken out of `options`."""
+    from bigseg.config import RuleOptions
+    from bigseg.settings import parse_settings
+
+    values = {key: options.pop(key) for key in RuleOptions.model_fields}
+    values["connectivity"] = _CONNECTIVITY.get(values["connectivity"])
+    return parse_settings(RuleOptions, values, source="options")
+
+
+def say(result: Any, *, as_json: bool) -> None:  # noqa: ANN401 - each says itself in both ways
+    """Print a result, as JSON or as text."""
+    text = json.dumps(result.as_dict(), indent=2) if as_json else printable(result.as_text())
+    click.echo(text)
+
+
 def segment_config(options: dict[str, Any]) -> SegmentConfig:
     """The settings that `segment_options` were given."""
-    from bigseg.config import SegmentConfig, parse_settings
+    from bigseg.config import SegmentConfig
+    from bigseg.settings import parse_settings
     from bigseg.units import parse_bytes
 
+    rule = rule_of(options)
     values = {
         **options,
+        "rule": rule,
         "image": absolute(options["image"]),
         "model": absolute(options["model"]),
         "out": absolute(options["out"]) if options["out"] else None,

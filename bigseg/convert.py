@@ -3,9 +3,8 @@
     convert(["stack.tif"], "image.ome.zarr")                        an image with a mean pyramid
     convert(["cells.tif"], "image.ome.zarr", labels="cells")        labels beside it, by majority
 
-Levels shrink by 2 until every spatial axis fits in about 128 voxels; z waits while its voxels are
-at least twice as long as those of y and x. The metadata are written last, so an image cut short is
-no image, and the next conversion replaces it.
+The metadata are written last, so an image cut short is no image, and the next conversion replaces
+it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import numpy as np
 
 import bigseg
 from bigseg import layout, store
-from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
+from bigseg.blocks import BlockGrid, Region, Vec, ceil_div
 from bigseg.errors import InputError, OutputError, UsageError
+from bigseg.levels import plan_chunks, plan_levels
 from bigseg.ngff import AXIS_TYPES, UNIT_TO_UM, Axis, Level, Multiscale
 from bigseg.progress import NullProgress
 from bigseg.pyramid import downsample, level_rule, source_region
@@ -28,7 +28,7 @@ from bigseg.units import canonical_unit
 from bigseg.volume import CANONICAL, OutputSpec, Volume, open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,10 +37,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_LEVELS = 5
-SMALL_ENOUGH = 128
-SHARD_FROM_BYTES = 2**30
 BLOCK_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the user says about a conversion; None leaves it to the files.
+
+    `axes` name the axes of the array that the files form (`zyx`); without, the files' metadata
+    do, else their number does (yx, zyx, czyx, tczyx). `voxel_size` is along the spatial axes, in
+    `unit`; without, the files' metadata say it, if they do. With `labels`, what is made are labels
+    of this name beside an image that is there.
+    """
+
+    labels: str | None = None
+    axes: str | None = None
+    voxel_size: Sequence[float] | None = None
+    unit: str = "micrometer"
+    version: Literal["0.4", "0.5"] = "0.5"
+    overwrite: bool = False
 
 
 def convert(
@@ -57,9 +72,26 @@ def convert(
 ) -> Volume:
     """The image that the files form, at `out`; with `labels`, labels of the image that is there.
 
-    `axes` name the axes of the array that the files form (`zyx`); without, the files' metadata
-    do, else their number does (yx, zyx, czyx, tczyx). `voxel_size` is along the spatial axes, in
-    `unit`; without, the files' metadata say it, if they do.
+    The options are those of `Conversion`; raises like `convert_as`.
+    """
+    wanted = Conversion(labels, axes, voxel_size, unit, version, overwrite)
+    return convert_as(wanted, sources, out, progress=progress)
+
+
+def warn_without_size(name: str) -> None:
+    """Say that a file states no voxel size."""
+    log.warning("%s states no voxel size: give one with --voxel-size", name)
+
+
+def convert_as(
+    wanted: Conversion,
+    sources: Sequence[str],
+    out: str,
+    *,
+    progress: Progress | None = None,
+    without_size: Callable[[str], None] = warn_without_size,
+) -> Volume:
+    """The image, or labels, that the files form; `without_size` hears of an unknown voxel size.
 
     Raises:
         InputError: a file cannot be used, or labels are no integers or of another shape than the
@@ -69,16 +101,18 @@ def convert(
     """
     source = open_source(sources)
     try:
-        placed = _Placed(source, _resolve_axes(source, axes))
+        placed = _Placed(source, _resolve_axes(source, wanted.axes))
         _check_type(placed)
-        if labels is None:
-            scale = _resolve_scale(placed, voxel_size, unit)
-            job = _image_job(placed, out.rstrip("/"), scale, version)
-        elif voxel_size is not None:
+        if wanted.labels is None:
+            scale = _resolve_scale(placed, wanted.voxel_size, wanted.unit)
+            if scale[1] is None:
+                without_size(placed.name)
+            job = _image_job(placed, out.rstrip("/"), scale, wanted.version)
+        elif wanted.voxel_size is not None:
             raise UsageError("labels have the voxel size of their image: leave out --voxel-size")
         else:
-            job = _labels_job(placed, out.rstrip("/"), labels)
-        return _carry_out(job, placed, overwrite=overwrite, progress=progress)
+            job = _labels_job(placed, out.rstrip("/"), wanted.labels)
+        return _carry_out(job, placed, overwrite=wanted.overwrite, progress=progress)
     finally:
         source.close()
 
@@ -135,7 +169,7 @@ def _image_job(
 ) -> _Job:
     sizes, unit = scale
     axes = "".join(name for name in "tczyx" if name in placed.axes)
-    shapes, factors = _plan_levels(placed.shape, [sizes.get(a, 1.0) for a in "zyx"])
+    shapes, factors = plan_levels(placed.shape, [sizes.get(a, 1.0) for a in "zyx"])
     levels = []
     for i, factor in enumerate(factors):
         f = dict(zip(layout.PLACE, factor, strict=True))
@@ -148,7 +182,7 @@ def _image_job(
     name = store.name_of(out).removesuffix(".zarr").removesuffix(".ome")
     multiscale = Multiscale(version, name, tuple(named), tuple(levels), channels, is_label=False)
     dtype = np.dtype("uint8") if placed.source.dtype.kind == "b" else placed.source.dtype
-    chunk, shard = _chunks(placed, dtype)
+    chunk, shard = plan_chunks(placed.shape, placed.n_channels * dtype.itemsize)
     spec = OutputSpec(
         dtype, chunk, shard if version == "0.5" else None, channels, _provenance(placed)
     )
@@ -165,7 +199,7 @@ def _labels_job(placed: _Placed, image_url: str, name: str) -> _Job:
         )
     shapes = tuple(image.at(level).shape for level in range(image.n_levels))
     dtype = _label_type(placed)
-    chunk, shard = _chunks(placed, dtype)
+    chunk, shard = plan_chunks(placed.shape, placed.n_channels * dtype.itemsize)
     shard = None if image.multiscale.version == "0.4" else shard
     spec = OutputSpec(dtype, chunk, shard, (), _provenance(placed))
     multiscale = layout.output_multiscale(image.multiscale, spec, name=name, first_level=0)
@@ -230,46 +264,6 @@ def _blocks(volume: Volume) -> BlockGrid:
     return BlockGrid(Region.of_shape(volume.shape), tuple(core))
 
 
-def _plan_levels(shape: Vec, sizes: Sequence[float]) -> tuple[tuple[Vec, ...], tuple[Vec, ...]]:
-    """Shapes (t, z, y, x) of the levels and their factors from the finest."""
-    shapes: list[Vec] = [shape]
-    factors: list[Vec] = [(1, 1, 1, 1)]
-    while len(shapes) < MAX_LEVELS and max(shapes[-1][1:]) > SMALL_ENOUGH:
-        now, total = shapes[-1], factors[-1]
-        z, y, x = (s * f for s, f in zip(sizes, total[1:], strict=True))
-        # The same rule by which a U-Net pools z; a hair of slack for rounded voxel sizes.
-        shrink_z = now[1] > 1 and z < 2 * min(y, x) * (1 - 1e-3)
-        step = (1, 1 + shrink_z, 1 + (now[2] > 1), 1 + (now[3] > 1))
-        shapes.append(tuple(ceil_div(n, f) for n, f in zip(now, step, strict=True)))
-        factors.append(tuple(a * b for a, b in zip(total, step, strict=True)))
-        if step == (1, 1, 1, 1):
-            return tuple(shapes[:-1]), tuple(factors[:-1])
-    return tuple(shapes), tuple(factors)
-
-
-def _chunks(placed: _Placed, dtype: np.dtype[Any]) -> tuple[Vec, Vec | None]:
-    """Chunk and shard along t, z, y, x.
-
-    Every chunk holds about 2^18 voxels: a cube where there is depth for it, a slab of few planes
-    (which 2-D models read well) in a thin stack, one plane in 2-D. A shard is 64 of them: large
-    volumes would else be millions of files.
-    """
-    shape = placed.shape
-    if shape[1] >= 64:
-        chunk, times = (1, 64, 64, 64), (1, 4, 4, 4)
-    elif shape[1] > 1:
-        chunk, times = (1, 4, 256, 256), (1, 4, 4, 4)
-    else:
-        chunk, times = (1, 1, 512, 512), (1, 1, 8, 8)
-    n_bytes = dtype.itemsize * placed.n_channels
-    for n in shape:
-        n_bytes *= n
-    if n_bytes < SHARD_FROM_BYTES:
-        return chunk, None
-    shard = (min(c * k, round_up(n, c)) for c, k, n in zip(chunk, times, shape, strict=True))
-    return chunk, tuple(shard)
-
-
 def _resolve_axes(source: Source, axes: str | None) -> str:
     n = len(source.shape)
     found = axes if axes is not None else source.axes or DEFAULT_AXES.get(n, "")
@@ -306,7 +300,6 @@ def _resolve_scale(
         found = {a: s for a, s in placed.source.voxel_um.items() if a in spatial}
         if len(found) == len(spatial):
             return found, "micrometer"
-        log.warning("%s states no voxel size: give one with --voxel-size", placed.name)
         return {}, None
     named = canonical_unit(unit)
     if named not in UNIT_TO_UM:

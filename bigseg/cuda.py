@@ -26,6 +26,7 @@ import torch
 from bigseg.blocks import Region
 from bigseg.engine import check_engine, device_forward
 from bigseg.errors import ResourceError
+from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT
 from bigseg.predict import kept_tiles
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bigseg.config import NormConstants
+    from bigseg.config import InstanceRule, NormConstants
     from bigseg.engine import EngineSpec
     from bigseg.model import UNet
     from bigseg.predict import TileGeometry
@@ -239,9 +240,11 @@ class CudaPredictor:
     def _encode(self, probabilities: Tensor) -> Tensor:
         """As `predictor.Encoding`, operation by operation."""
         dtype = _TORCH[self._encoding.dtype]
-        if not self._encoding.labels:
+        if self._encoding.kind != "labels":
             if dtype == torch.uint8:
                 probabilities = torch.round(probabilities * 255.0)
+            if self._encoding.rule is not None:
+                return _codes(probabilities.to(torch.int32), self._encoding.rule)[None]
             return probabilities.to(dtype)
         best = probabilities[0]
         labels = torch.zeros(best.shape, dtype=torch.int32, device=best.device)
@@ -255,6 +258,13 @@ class CudaPredictor:
         with torch.inference_mode():
             self._forward(torch.zeros(tuple(shape), device=self._device))
         torch.cuda.synchronize()
+
+
+def _codes(probabilities: Tensor, rule: InstanceRule) -> Tensor:
+    """As `instances.codes_of`, operation by operation."""
+    inside = probabilities[1] >= rule.inside_at
+    foreground = probabilities[1:].sum(0) >= rule.foreground_at
+    return inside.to(torch.uint8) * INSIDE_BIT + foreground.to(torch.uint8) * FOREGROUND_BIT
 
 
 class _Halving:

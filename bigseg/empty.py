@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bigseg.blocks import Region
-from bigseg.config import Settings
 from bigseg.errors import InputError, UsageError
+from bigseg.settings import Settings
 from bigseg.units import format_um
 from bigseg.volume import open_volume
 

@@ -17,6 +17,7 @@ from bigseg.errors import InputError
 from bigseg.metrics import (
     Contingency,
     Overlap,
+    PanopticQuality,
     RandScore,
     VariationOfInformation,
     adapted_rand_error,
@@ -25,6 +26,7 @@ from bigseg.metrics import (
     disjoint_union,
     foreground_overlap,
     n_objects,
+    panoptic_quality,
     pixel_accuracy,
     seg_score,
     variation_of_information,
@@ -49,8 +51,8 @@ class Scores:
     """All scores of one comparison; NaN where there was nothing to judge.
 
     Ids as objects: `rand` and `voi` over the voxels whose truth is not 0, `average_precision` by
-    IoU threshold, `seg`. Ids as classes: `classes` and `pixel_accuracy`, None where there are too
-    many ids for classes. `foreground` is everything that is not 0 and fits both.
+    IoU threshold, `panoptic`, `seg`. Ids as classes: `classes` and `pixel_accuracy`, None where
+    there are too many ids for classes. `foreground` is everything that is not 0 and fits both.
     """
 
     n_voxels: int
@@ -60,6 +62,7 @@ class Scores:
     rand: RandScore
     voi: VariationOfInformation
     average_precision: dict[float, float]
+    panoptic: PanopticQuality
     seg: float
     pixel_accuracy: float | None
     classes: dict[int, Overlap] | None
@@ -90,6 +93,7 @@ class Scores:
             "variation_of_information": {**asdict(self.voi), "total": self.voi.total},
             "average_precision": {f"{t:.2f}": v for t, v in self.average_precision.items()},
             "mean_average_precision": self.mean_average_precision,
+            "panoptic_quality": {"pq": self.panoptic.pq, **asdict(self.panoptic)},
             "seg": self.seg,
         }
         if self.classes is not None:
@@ -111,6 +115,8 @@ class Scores:
             f"  VOI split, merge      {self.voi.split:.4f}, {self.voi.merge:.4f}",
             f"  AP at IoU 0.5, 0.75   {precision[0.5]:.4f}, {precision[0.75]:.4f}"
             f" (mean of 0.5 to 0.95: {self.mean_average_precision:.4f})",
+            f"  PQ                    {self.panoptic.pq:.4f}"
+            f" (SQ {self.panoptic.sq:.4f}, RQ {self.panoptic.rq:.4f})",
             f"  SEG                   {self.seg:.4f}",
         ]
         return "\n".join([*lines, *self._class_lines()])
@@ -197,6 +203,7 @@ def scores(tables: Sequence[Contingency]) -> Scores:
         rand=adapted_rand_error(objects),
         voi=variation_of_information(objects.foreground()),
         average_precision=average_precision(objects),
+        panoptic=panoptic_quality(objects),
         seg=seg_score(objects),
         pixel_accuracy=None if overlaps is None else pixel_accuracy(classes),
         classes=overlaps,

@@ -20,9 +20,9 @@ from bigseg.borders import draw_place, scaled, touching
 from bigseg.errors import LockedError
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger
 from bigseg.lock import Lock
-from bigseg.plan import PREDICT
+from bigseg.plan import PREDICT, stage_grids
 from bigseg.results import ledger_url
-from bigseg.stages import stage_grids
+from bigseg.scratch import predicted_url
 from bigseg.volume import open_volume, unlist_label
 
 if TYPE_CHECKING:
@@ -61,8 +61,13 @@ class Examined:
     @classmethod
     def of(cls, plan: Plan, ledger: Ledger, image: str | None) -> Examined:
         """The result of a plan, whose metadata were found right."""
-        grids, finest = stage_grids(plan), open_volume(plan.output.url)
-        levels = {stage: finest.at(k) for k, stage in enumerate(grids)}
+        finest = open_volume(plan.output.url)
+        names = [plan.finest_stage, *(f"pyramid-{k}" for k in range(1, finest.n_levels))]
+        levels = {stage: finest.at(k) for k, stage in enumerate(names)}
+        if plan.keeps_probabilities:
+            levels = {PREDICT: open_volume(predicted_url(plan)), **levels}
+        every = stage_grids(plan)
+        grids = {stage: every[stage] for stage in levels}
         marks = {
             stage: np.fromiter(
                 (ledger.checksum(stage, i) for i in range(len(grid))), np.uint32, len(grid)
@@ -71,6 +76,20 @@ class Examined:
         }
         return cls(plan, image, ledger.plan, grids, levels, marks)
 
+    @property
+    def seam_stage(self) -> str:
+        """The stage whose voxels are compared with one forward pass."""
+        return next(iter(self.grids))
+
+    def _finer_than(self, stage: str) -> str:
+        """The stage that wrote the level below."""
+        wanted = self.levels[stage].level - 1
+        return next(
+            name
+            for name, level in self.levels.items()
+            if level.level == wanted and level.url == self.levels[stage].url
+        )
+
     def read(self, stage: str, region: Region) -> NDArray[Any]:
         """What is stored at a region of the level that a stage made (c, t, z, y, x)."""
         level = self.levels[stage]
@@ -78,6 +97,9 @@ class Examined:
 
     def blame(self, stage: str, blocks: Iterable[int]) -> None:
         """Note blocks as wrong, and those of all coarser levels that were made from them."""
+        if stage == PREDICT and self.plan.instances is not None:
+            self._blame_all(blocks)
+            return
         stages = list(self.grids)
         coarser = stages[stages.index(stage) + 1 :]
         shape = self.levels[stage].shape
@@ -88,6 +110,14 @@ class Examined:
                 above = scaled(core, shape, self.levels[other].shape)
                 done = (i for i in touching(self.grids[other], above) if self._is_done(other, i))
                 self.wrong.setdefault(other, set()).update(done)
+
+    def _blame_all(self, blocks: Iterable[int]) -> None:
+        """Note blocks of probabilities as wrong, and with them every object: any can reach far."""
+        self.wrong.setdefault(PREDICT, set()).update(blocks)
+        for stage, grid in self.grids.items():
+            if stage != PREDICT:
+                done = (i for i in range(len(grid)) if self._is_done(stage, i))
+                self.wrong.setdefault(stage, set()).update(done)
 
     def condemn(self, stage: str, block: int) -> None:
         """Blame a block of which what lies there must go before it is made again.
@@ -113,7 +143,7 @@ class Examined:
         for stage, block, chunk in self._candidates(n, rng):
             if len(drawn) == n:
                 break
-            level, finer = self.levels[stage], list(self.grids)[self.levels[stage].level - 1]
+            level, finer = self.levels[stage], self._finer_than(stage)
             below = scaled(chunk, level.shape, self.levels[finer].shape)
             if self.is_right(stage, chunk) and self.is_right(finer, below):
                 drawn[stage, chunk] = block
@@ -121,7 +151,8 @@ class Examined:
 
     def draw_places(self, n: int, sides: Sequence[int], rng: np.random.Generator) -> list[Place]:
         """Different boxes across borders of blocks that hold something; all blocks right so far."""
-        grid, marks = self.grids[PREDICT], self.marks[PREDICT]
+        stage = self.seam_stage
+        grid, marks = self.grids[stage], self.marks[stage]
         holding = np.flatnonzero((marks != NOT_DONE) & (marks != EMPTY_MARK))
         drawn: dict[Region, Place] = {}
         for _ in range(DRAWS * n if len(holding) else 0):
@@ -130,7 +161,7 @@ class Examined:
             block = grid[int(rng.choice(holding))]
             n_axes = N_AXES[len(drawn) % len(N_AXES)]
             place = draw_place(grid, block, sides, n_axes=n_axes, rng=rng)
-            if self.is_right(PREDICT, place.box):
+            if self.is_right(stage, place.box):
                 drawn[place.box] = place
         return list(drawn.values())
 
@@ -156,6 +187,9 @@ class Examined:
             self._erase()
             for stage, blocks in self.wrong.items():
                 ledger.unmark(stage, sorted(blocks))
+            if PREDICT in self.wrong:
+                for stage in ledger.stages.keys() - self.grids.keys():
+                    ledger.unmark(stage, range(ledger.stages[stage]))
         return sum(map(len, self.wrong.values()))
 
     def _is_done(self, stage: str, block: int) -> bool:

@@ -11,7 +11,7 @@ from bigseg.blocks import Region
 from bigseg.cache import predicted_fetch_bytes
 from bigseg.checkpoint import read_card
 from bigseg.model import footprint
-from bigseg.plan import Plan, geometry_of, memory_model
+from bigseg.plan import SMALLEST, Plan, geometry_of, memory_model
 from bigseg.predict import region_inside
 from bigseg.units import format_bytes
 from bigseg.volume import open_volume
@@ -33,7 +33,8 @@ class Forecast:
     `useful_flops` are those of the network on each voxel of the region once; `computed_flops` also
     count halos and what lies beyond the region. `fetched_bytes` are decoded bytes of chunks, each
     time they are fetched; `volume_bytes` those of the region once. `written_bytes` are before
-    compression. `seconds` is None where no rate is known.
+    compression, and so are `scratch_bytes`, which are deleted in the end. `seconds` is None where no
+    rate is known.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Forecast:
     volume_bytes: int
     fetched_bytes: int
     written_bytes: int
+    scratch_bytes: int
     memory_bytes: int
     seconds: float | None = None
 
@@ -65,7 +67,7 @@ class Forecast:
         lines = {
             "image": f"{plan.source.url}, level {plan.source.level}, {_sides(plan.source.shape)} "
             f"{plan.source.dtype}",
-            "output": f"{plan.output.url}, {plan.output.kind} in {plan.output.dtype}, chunks "
+            "output": f"{plan.output.url}, {plan.output.kind} in {_type(plan)}, chunks "
             f"{_sides(plan.output.chunk)}"
             + (f" in shards {_sides(plan.output.shard)}" if plan.output.shard else ""),
             "engine": str(plan.engine),
@@ -75,12 +77,25 @@ class Forecast:
             "useful: the rest are halos".replace("%", " %"),
             "read": f"{format_bytes(self.fetched_bytes)} decoded, each byte {times:.2f} times",
             "written": f"{format_bytes(self.written_bytes)} before compression",
+            **self._instances_lines(),
             "memory": f"{format_bytes(self.memory_bytes)} for each of {self.n_workers} workers, "
             f"{format_bytes(plan.cache_bytes)} of it for decoded chunks",
         }
         if self.seconds is not None:
             lines["time"] = _time(self.seconds)
         return "\n".join(f"{name:8s} {text}" for name, text in lines.items())
+
+    def _instances_lines(self) -> dict[str, str]:
+        if self.plan.instances is None:
+            return {}
+        rule = self.plan.instances.rule
+        holes = ", holes filled" if rule.fill_holes else ""
+        link = f", linked along {rule.link}" if rule.link else ""
+        return {
+            "scratch": f"{format_bytes(self.scratch_bytes)} before compression, deleted in the end",
+            "objects": f"inside ≥ {rule.threshold:g}, eroded by {rule.erode} steps, grown by "
+            f"{rule.grow} where background ≤ {1 - rule.foreground:g}{link}{holes}",
+        }
 
 
 def make_forecast(plan: Plan, *, n_workers: int, flops_a_second: float | None = None) -> Forecast:
@@ -104,10 +119,31 @@ def make_forecast(plan: Plan, *, n_workers: int, flops_a_second: float | None = 
         computed_flops=computed,
         volume_bytes=plan.region.n_voxels * plan.source.voxel_bytes,
         fetched_bytes=_fetched(plan, geometry, n_workers),
-        written_bytes=plan.region.n_voxels * plan.output.voxel_bytes,
+        written_bytes=plan.region.n_voxels * (plan.output.voxel_bytes + _kept_bytes(plan)),
+        scratch_bytes=plan.region.n_voxels * _scratch_bytes(plan),
         memory_bytes=int(memory.needs(geometry.output)) + plan.cache_bytes,
         seconds=None if rate is None else computed / rate,
     )
+
+
+def _kept_bytes(plan: Plan) -> int:
+    """Bytes a voxel of probabilities that stay beside the labels."""
+    return plan.predicted_voxel_bytes if plan.keeps_probabilities else 0
+
+
+def _scratch_bytes(plan: Plan) -> int:
+    """Bytes a voxel of scratch space, at most."""
+    if plan.instances is None:
+        return 0
+    # Codes, seeds; where holes are filled the labels before, and the background in pieces.
+    codes = 0 if plan.instances.keep_probabilities else 1
+    return codes + 4 + (8 + 4 if plan.instances.rule.fill_holes else 0)
+
+
+def _type(plan: Plan) -> str:
+    if plan.output.dtype == SMALLEST:
+        return "the smallest type that holds their number"
+    return plan.output.dtype
 
 
 def count_tiles(plan: Plan, region: Region | None = None) -> int:

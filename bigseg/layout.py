@@ -94,6 +94,55 @@ def create_image(
     return array
 
 
+def begin_image(url: str, *, like: Multiscale, spec: OutputSpec) -> None:
+    """The group of an image of which no more is known yet: `complete_image` makes it one.
+
+    Raises:
+        OutputError: there is something else at `url`, or it cannot be written.
+    """
+    _clear_leftover(url)
+    store.create_group(
+        url,
+        zarr_format=2 if like.version == "0.4" else 3,
+        attributes={PROVENANCE: spec.provenance},
+    )
+
+
+def complete_image(
+    url: str, ms: Multiscale, shapes: Sequence[Vec], spec: OutputSpec, *, source: str | None
+) -> None:
+    """The arrays and metadata of an image that was begun; what else lies in its group stays.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    group = store.open_group(url, mode="r+")
+    try:
+        for level, shape in zip(ms.levels, shapes, strict=True):
+            # What an earlier call, cut short, left.
+            store.remove(store.join(url, level.path))
+            _create_level(group, ms, level.path, shape, spec)
+    except OSError as error:
+        raise OutputError(f"{url} cannot be written: {error}; check rights and space") from error
+    publish(url, ms, spec, source=source)
+
+
+def take_back_image(url: str, spec: OutputSpec) -> None:
+    """Remove the metadata and arrays that `complete_image` made; nothing is fine.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    group = store.open_group(url, mode="r+")
+    try:
+        levels = ngff.parse_multiscale(group.attrs.asdict(), where=url).levels
+    except NotOmeZarrError:
+        levels = ()
+    group.attrs.put({PROVENANCE: spec.provenance})
+    for level in levels:
+        store.remove(store.join(url, level.path))
+
+
 def create_arrays(
     url: str, ms: Multiscale, shapes: Sequence[Vec], spec: OutputSpec
 ) -> zarr.Array[Any]:
@@ -143,6 +192,16 @@ def publish(
         store.open_group(url, mode="r+").attrs.put(attributes)
     except OSError as error:
         raise OutputError(f"{url} cannot be written: {error}; check rights and space") from error
+
+
+def units_of(chunk: Vec, shard: Vec | None, shape: Vec) -> tuple[Vec, Vec | None]:
+    """The chunk and the shard of an array of `shape`, which none of them exceeds by a chunk."""
+    chunk = tuple(map(min, chunk, shape))
+    if shard is None:
+        return chunk, None
+    return chunk, tuple(
+        min(round_up(s, c), round_up(n, c)) for s, c, n in zip(shard, chunk, shape, strict=True)
+    )
 
 
 def path_to_image(image_url: str, url: str) -> str | None:
@@ -238,7 +297,8 @@ def _clear_leftover(url: str) -> None:
 def _create_level(
     group: zarr.Group, ms: Multiscale, path: str, shape: Vec, spec: OutputSpec
 ) -> zarr.Array[Any]:
-    chunk = tuple(min(c, n) for c, n in zip(spec.chunk, shape, strict=True))
+    # Version 0.4 has no shards.
+    chunk, shard = units_of(spec.chunk, None if ms.version == "0.4" else spec.shard, shape)
     names = ms.axis_names
     n_channels = len(spec.channel_names)
     options: dict[str, Any] = {
@@ -253,11 +313,7 @@ def _create_level(
     else:
         options["dimension_names"] = names
         options["compressors"] = ZstdCodec(level=1, checksum=True)
-        if spec.shard is not None:
-            shard = tuple(
-                min(round_up(s, c), round_up(n, c))
-                for s, c, n in zip(spec.shard, chunk, shape, strict=True)
-            )
+        if shard is not None:
             options["shards"] = _stored(shard, names, 1)
     return group.create_array(path, **options)
 

@@ -94,14 +94,7 @@ class Ledger:
             store.remove(url)
             group = store.make_group(url, zarr_format=3)
             for stage, n in n_blocks.items():
-                group.create_array(
-                    stage,
-                    shape=(n,),
-                    chunks=(min(max(n, 1), MARKS_PER_CHUNK),),
-                    dtype="uint32",
-                    fill_value=NOT_DONE,
-                    compressors=[ZstdCodec(level=1, checksum=True)],
-                )
+                _create_marks(group, stage, n)
             # Last: a ledger without a plan is one that was never finished being made.
             group.attrs.put({"stages": dict(n_blocks), "plan": dict(plan)})
         ledger = cls(url, group, guard, clock)
@@ -134,6 +127,19 @@ class Ledger:
         with _writing(self.url):
             self._group.attrs.put({})
         store.remove(self.url)
+
+    def replan(self, plan: Mapping[str, Any], n_blocks: Mapping[str, int]) -> None:
+        """Go on with another plan, in whose stages what is marked stays done.
+
+        Raises:
+            OutputError: it cannot be written; the plan is the old one then.
+        """
+        self.flush()
+        with _writing(self.url):
+            for stage in n_blocks.keys() - set(self._group.array_keys()):
+                _create_marks(self._group, stage, n_blocks[stage])
+            # In one write: the ledger is that of the one plan or the other.
+            self._group.attrs.update({"stages": dict(n_blocks), "plan": dict(plan)})
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -219,6 +225,14 @@ class Ledger:
             self._group.attrs.update({"finished": False})
         self.flush()
 
+    def check(self) -> None:
+        """Make sure that what the marks speak of may be written.
+
+        Raises:
+            LockedError: the output is no longer this run's.
+        """
+        self._guard()
+
     def fail(self, stage: str, block: int, reason: str) -> None:
         """Note why a block was set aside; forgotten when it is marked."""
         self._troubles_of("failures")[_key(stage, block)] = reason
@@ -281,6 +295,17 @@ class Ledger:
                 "start anew with --overwrite, or choose another place"
             ) from None
         return array
+
+
+def _create_marks(group: zarr.Group, stage: str, n: int) -> None:
+    group.create_array(
+        stage,
+        shape=(n,),
+        chunks=(min(max(n, 1), MARKS_PER_CHUNK),),
+        dtype="uint32",
+        fill_value=NOT_DONE,
+        compressors=[ZstdCodec(level=1, checksum=True)],
+    )
 
 
 def _key(stage: str, block: int) -> str:

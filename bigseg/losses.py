@@ -29,6 +29,7 @@ def segmentation_loss(
     ignore: int = IGNORE,
     dice: float = 1.0,
     class_weights: Tensor | None = None,
+    extra_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy plus `dice` times the soft Dice loss, over the voxels not ignored.
 
@@ -38,32 +39,47 @@ def segmentation_loss(
         ignore: the target value of voxels that count nowhere.
         dice: weight of the Dice term; 0 leaves it out.
         class_weights: (k,), weights of the cross-entropy; Dice weighs classes by itself.
+        extra_weights: (n, *s) at least 0, added to the weight of each voxel in the cross-entropy.
 
     Returns:
         A float32 scalar. Where every voxel is ignored it is 0 and so is its gradient.
     """
     logits = logits.float()
-    loss = cross_entropy(logits, target, ignore=ignore, class_weights=class_weights)
+    loss = cross_entropy(
+        logits, target, ignore=ignore, class_weights=class_weights, extra_weights=extra_weights
+    )
     return loss + dice * soft_dice_loss(logits, target, ignore=ignore) if dice else loss
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore: int = IGNORE, class_weights: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore: int = IGNORE,
+    class_weights: Tensor | None = None,
+    extra_weights: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean cross-entropy of the voxels not ignored; 0 where there are none.
 
-    The mean divides by the sum of the weights of the voxels, as in torch.
+    A voxel weighs 1, or the weight of its class, plus its extra weight. The mean divides by the
+    sum of the weights of the voxels, as in torch.
     """
+    counted = target != ignore
     if class_weights is not None:
         class_weights = class_weights.to(logits)
-    total = functional.cross_entropy(
-        logits, target, weight=class_weights, ignore_index=ignore, reduction="sum"
-    )
-    counted = target != ignore
-    if class_weights is None:
-        weight = counted.sum().to(logits)
+    if extra_weights is not None:
+        loss = functional.cross_entropy(logits, target, ignore_index=ignore, reduction="none")
+        base = 1.0 if class_weights is None else class_weights[target.clamp(min=0) * counted]
+        weights = (base + extra_weights.to(logits)) * counted
+        total, weight = (weights * loss).sum(), weights.sum()
     else:
-        weight = (class_weights[target.clamp(min=0)] * counted).sum()
+        total = functional.cross_entropy(
+            logits, target, weight=class_weights, ignore_index=ignore, reduction="sum"
+        )
+        if class_weights is None:
+            weight = counted.sum().to(logits)
+        else:
+            weight = (class_weights[target.clamp(min=0)] * counted).sum()
     return total / torch.where(weight > 0, weight, 1.0)
 
 

@@ -9,7 +9,8 @@ any step, and how many threads read ahead changes no value. Along one axis:
     image read      |<--- halo + margin of augmentation on both sides --->|  mirrored outside
 
 The image is seen beyond the region; no label outside it, and none of the validation region, is
-ever learned.
+ever learned. Where the loss asks for it, the target carries how close each voxel lies to two
+objects (weightmap.py) through the same changes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bigseg.blocks import Region, Vec, mirrored_axis
 from bigseg.predict import read_mirrored
 from bigseg.statistics import normalise
 from bigseg.targets import IGNORE
+from bigseg.weightmap import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -64,15 +66,21 @@ class PatchSource:
         """The image."""
         return self.annotated.image
 
+    @property
+    def has_closeness(self) -> bool:
+        """Whether targets carry the closeness beside the class, packed."""
+        return self.annotated.config.loss.weight_map is not None
+
     def read_target(self, region: Region) -> NDArray[np.int16]:
         """Classes (t, z, y, x) of any region; IGNORE outside `region` and inside `excluded`."""
         target = np.full(region.shape, IGNORE, np.int16)
         inside = region.intersect(self.region)
         if not inside.n_voxels:
             return target
-        target[inside.relative_to(region.start).slices] = self.annotated.target(
-            inside, dims=self.dims, n_classes=self.n_classes
-        )
+        classes = self.annotated.target(inside, dims=self.dims, n_classes=self.n_classes)
+        if self.has_closeness:
+            classes = pack(classes, self.annotated.closeness(inside, dims=self.dims))
+        target[inside.relative_to(region.start).slices] = classes
         hidden = inside.intersect(self.excluded)
         target[hidden.relative_to(region.start).slices] = IGNORE
         return target
@@ -108,11 +116,15 @@ class PatchPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches of one step: image (n, c, *image_shape) float32, target (n, *target_shape) int64."""
+    """Patches of one step: image (n, c, *image_shape) float32, target (n, *target_shape) int64.
+
+    `closeness` (n, *target_shape) float32 from 0 to 1, where the loss asks for it.
+    """
 
     step: int
     image: Tensor
     target: Tensor
+    closeness: Tensor | None = None
 
 
 Stream: TypeAlias = "Generator[Batch, None, None]"
@@ -140,6 +152,7 @@ class PatchSampler:
     ) -> None:
         self.plan = plan
         self._device = device or torch.device("cpu")
+        self._has_closeness = any(s.has_closeness for s in sources)
         weights = np.array([s.weight for s in sources], np.float64)
         self._shares = np.cumsum(weights / weights.sum())[:-1]
         needed = sum(_resident_bytes(s, plan) for s in sources)
@@ -164,6 +177,8 @@ class PatchSampler:
             generators=[torch.Generator().manual_seed(r.seed) for r in raw],
             ignore=IGNORE,
         )
+        if self._has_closeness:
+            return Batch(step, image, *unpack(target))
         return Batch(step, image, target)
 
     def stream(self, steps: range, *, rank: int = 0, n_threads: int = 1) -> Stream:

@@ -10,30 +10,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bigseg import store
 from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
-from bigseg.config import ModelCard, NormConstants, OnBadChunk, Settings
+from bigseg.config import InstanceRule, ModelCard, NormConstants, OnBadChunk
 from bigseg.cost import MemoryModel
 from bigseg.empty import EmptyRule
 from bigseg.engine import EngineSpec
+from bigseg.errors import InputError
+from bigseg.layout import units_of
 from bigseg.predict import TileGeometry, tile_geometry
+from bigseg.settings import Settings
 from bigseg.transform import TransformPlan
-from bigseg.volume import OutputSpec, Volume
+from bigseg.volume import OutputSpec, Volume, open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bigseg.config import UNetSpec
 
-ALGORITHM = 2
+ALGORITHM = 3
 # What a block writes where bigseg may choose: the voxels that it reads are several times as many,
 # wider, and in memory with those of the next block.
 BLOCK_BYTES = 1 << 24
 PREDICT = "predict"
+# The stages of a plan that makes instances, after `predict` and in this order; those of HOLES only
+# where holes are filled, those of ALONE are one block, which the driver does.
+SEEDS, STITCH, NUMBER, GROW = "seeds", "stitch", "number", "grow"
+HOLES, STITCH_HOLES, CLOSE, FILL = "holes", "stitch-holes", "close", "fill"
+OBJECTS = "objects"
+ALONE = (NUMBER, CLOSE, OBJECTS)
+# The type of an output of which only the number of its objects, known later, can tell.
+SMALLEST = "smallest"
 # What a plan says that does not decide a byte.
 HOW = ("engine_reason", "flops_a_second", "beam", "memory_bytes", "cache_bytes")
 # A block that was finished is the same with either rule, unless the ledger lists what was filled
@@ -64,11 +76,28 @@ class ModelPlan(Settings):
     sha256: str
 
 
+class InstancePlan(Settings):
+    """How probabilities become numbered objects: the rule, and where it works.
+
+    The `dims` last axes belong together; `ratios` are the voxel sizes along them, in units of the
+    smallest. Scratch arrays lie in shards of a core with chunks of `chunk`.
+    """
+
+    rule: InstanceRule
+    dims: Literal[2, 3]
+    ratios: tuple[float, ...]
+    keep_probabilities: bool
+    chunk: Vec
+
+
 class OutputPlan(Settings):
-    """The pyramid that is written; `beside` says that it lies in the image's own labels."""
+    """The pyramid that is written; `beside` says that it lies in the image's own labels.
+
+    The type of instances is `SMALLEST`.
+    """
 
     url: str
-    kind: Literal["labels", "probabilities"]
+    kind: Literal["labels", "probabilities", "instances"]
     name: str
     beside: bool
     dtype: str
@@ -83,8 +112,13 @@ class OutputPlan(Settings):
 
     @property
     def voxel_bytes(self) -> int:
-        """Bytes of one voxel with all channels."""
-        return max(1, len(self.channel_names)) * np.dtype(self.dtype).itemsize
+        """Bytes of one voxel with all channels, at most."""
+        return max(1, len(self.channel_names)) * self.largest_dtype.itemsize
+
+    @property
+    def largest_dtype(self) -> np.dtype[Any]:
+        """The type of the voxels, or the largest that it can be."""
+        return np.dtype("uint64" if self.dtype == SMALLEST else self.dtype)
 
     @property
     def write_unit(self) -> Vec:
@@ -121,6 +155,14 @@ class Plan(Settings):
     region_start: Vec
     region_stop: Vec
     output: OutputPlan
+    instances: InstancePlan | None = None
+
+    @property
+    def predicted_voxel_bytes(self) -> int:
+        """Bytes of one voxel, with all channels, of what the predict stage writes."""
+        if self.instances is None:
+            return self.output.voxel_bytes
+        return len(self.output.class_names) if self.instances.keep_probabilities else 1
 
     @property
     def region(self) -> Region:
@@ -136,6 +178,23 @@ class Plan(Settings):
         )
         inside = hull.intersect(Region.of_shape(self.source.shape))
         return BlockGrid(inside, self.core, self.beam)
+
+    @property
+    def finest_stage(self) -> str:
+        """The stage that writes the finest level of the output."""
+        if self.instances is None:
+            return PREDICT
+        return FILL if self.instances.rule.fill_holes else GROW
+
+    @property
+    def keeps_probabilities(self) -> bool:
+        """Whether the probabilities of instances stay beside them."""
+        return self.instances is not None and self.instances.keep_probabilities
+
+    @property
+    def clipped_grid(self) -> BlockGrid:
+        """The same blocks by the same numbers, without what lies outside the region."""
+        return BlockGrid(self.region, self.core, self.beam)
 
     @property
     def fingerprint(self) -> str:
@@ -168,19 +227,19 @@ def memory_model(plan: Plan, spec: UNetSpec) -> MemoryModel:
         device=plan.engine.device,
         value_bytes=4 if plan.engine.precision == "fp32" else 2,
         in_voxel_bytes=plan.source.voxel_bytes,
-        out_voxel_bytes=plan.output.voxel_bytes,
+        out_voxel_bytes=plan.predicted_voxel_bytes,
         memory_bytes=plan.memory_bytes,
     )
 
 
-def output_spec(plan: Plan) -> OutputSpec:
-    """How the output's arrays are to be created."""
+def output_spec(plan: Plan, dtype: str | None = None) -> OutputSpec:
+    """How the output's arrays are to be created; with `dtype` where the plan cannot know it."""
     return OutputSpec(
-        dtype=np.dtype(plan.output.dtype),
+        dtype=np.dtype(dtype or plan.output.dtype),
         chunk=plan.output.chunk,
         shard=plan.output.shard,
         channel_names=plan.output.channel_names,
-        class_names=plan.output.class_names,
+        class_names=() if plan.instances else plan.output.class_names,
         provenance={
             "model": store.name_of(plan.model.url),
             "model_sha256": plan.model.sha256,
@@ -188,11 +247,68 @@ def output_spec(plan: Plan) -> OutputSpec:
             "engine": str(plan.engine),
             "core": list(plan.core),
             "fingerprint": plan.fingerprint,
+            **({"rule": plan.instances.rule.model_dump()} if plan.instances else {}),
         },
     )
 
 
-def pyramid_grid(level: Volume, fine_shape: Sequence[int], region: Region) -> BlockGrid:
+def stage_grids(plan: Plan) -> dict[str, BlockGrid]:
+    """The stages of a plan, in order, with their blocks.
+
+    For labels and probabilities the output must have been created.
+
+    Raises:
+        InputError: neither the output nor the image is there.
+    """
+    levels = _levels(plan)
+    grids = {PREDICT: plan.grid}
+    alone = BlockGrid(plan.region, plan.region_stop)
+    if plan.instances is not None:
+        grids |= dict.fromkeys((SEEDS, STITCH), plan.grid) | {NUMBER: alone, GROW: plan.grid}
+        if plan.instances.rule.fill_holes:
+            grids |= dict.fromkeys((HOLES, STITCH_HOLES), plan.grid)
+            grids |= {CLOSE: alone, FILL: plan.grid}
+    for k, level in enumerate(levels[1:], start=1):
+        grids[f"pyramid-{k}"] = pyramid_grid(level, plan.source.shape, plan.region)
+    if plan.instances is not None:
+        grids[OBJECTS] = alone
+    return grids
+
+
+@dataclass(frozen=True)
+class PlannedLevel:
+    """A level of an output that need not be there yet; shapes along t, z, y, x."""
+
+    shape: Vec
+    write_unit: Vec
+    n_channels: int
+    dtype: np.dtype[Any]
+
+
+def planned_level(plan: Plan, shape: Vec) -> PlannedLevel:
+    """The level of this shape of the plan's output."""
+    chunk, shard = units_of(plan.output.chunk, plan.output.shard, shape)
+    n_channels = max(1, len(plan.output.channel_names))
+    return PlannedLevel(shape, shard or chunk, n_channels, plan.output.largest_dtype)
+
+
+def _levels(plan: Plan) -> list[Volume | PlannedLevel]:
+    try:
+        finest = open_volume(plan.output.url)
+    except InputError:
+        # Instances get their arrays when they have been counted.
+        source = open_volume(plan.source.url, level=plan.source.level)
+        shapes = [source.at(k).shape for k in range(source.level, source.n_levels)]
+    else:
+        if plan.instances is None:
+            return [finest.at(k) for k in range(finest.n_levels)]
+        shapes = [finest.at(k).shape for k in range(finest.n_levels)]
+    return [planned_level(plan, shape) for shape in shapes]
+
+
+def pyramid_grid(
+    level: Volume | PlannedLevel, fine_shape: Sequence[int], region: Region
+) -> BlockGrid:
     """The cores of one coarser level that a region of the finest level can reach.
 
     `region` is in voxels of the level with `fine_shape`.

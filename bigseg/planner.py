@@ -25,8 +25,9 @@ from bigseg.empty import identity_of, make_rule
 from bigseg.engine import resolve_engine
 from bigseg.errors import InputError, UsageError
 from bigseg.filling import SourceVolume
+from bigseg.instance_plan import kind_of, plan_instances, predicted_type
 from bigseg.ledger import MAX_BLOCKS
-from bigseg.plan import BLOCK_BYTES, HOW, ModelPlan, OutputPlan, Plan, SourcePlan, grow_to
+from bigseg.plan import BLOCK_BYTES, HOW, SMALLEST, ModelPlan, OutputPlan, Plan, SourcePlan, grow_to
 from bigseg.predict import tile_geometry
 from bigseg.statistics import norm_constants
 from bigseg.transform import TransformedVolume, describe
@@ -77,6 +78,7 @@ def make_plan(
     memory = _memory_model(asked, engine, source, channels)
     tile = _choose_tile(asked, memory, source)
     output = _choose_output(asked, source, tile)
+    core = _choose_core(asked, source, tile, output.write_unit)
     plan = Plan(
         source=SourcePlan(
             url=source.url,
@@ -100,13 +102,14 @@ def make_plan(
         ),
         on_bad_chunk=config.on_bad_chunk,
         tile=tile,
-        core=_choose_core(asked, source, tile, output.write_unit),
+        core=core,
         beam=(1, 1),
         memory_bytes=asked.resources.memory_bytes,
         cache_bytes=0,
         region_start=region.start,
         region_stop=region.stop,
         output=output,
+        instances=plan_instances(config, asked.card, source, core),
     )
     _check_number(plan)
     order = _choose_order(asked, plan, source, memory)
@@ -224,7 +227,7 @@ def _choose_engine(asked: _Asked) -> EngineSpec:
 def _memory_model(
     asked: _Asked, engine: EngineSpec, source: Volume, channels: Sequence[int]
 ) -> MemoryModel:
-    dtype, n_channels = _output_type(asked)
+    dtype, n_channels = predicted_type(asked.config, asked.card)
     return MemoryModel(
         spec=asked.card.spec,
         device=engine.device,
@@ -266,18 +269,11 @@ def _choose_tile(asked: _Asked, memory: MemoryModel, source: Volume) -> Vec:
     return tile
 
 
-def _output_type(asked: _Asked) -> tuple[str, int]:
-    """Type and number of channels of the output."""
-    n_classes = asked.card.spec.out_channels
-    if asked.config.output == "probabilities":
-        return asked.config.prob_dtype, n_classes
-    return "uint8" if n_classes <= 256 else "uint16", 1
-
-
 def _choose_output(asked: _Asked, source: Volume, tile: Vec) -> OutputPlan:
     config, card = asked.config, asked.card
     beside = config.out is None
-    if beside and config.output == "probabilities":
+    kind = kind_of(config, card)
+    if beside and kind == "probabilities":
         raise UsageError("--output probabilities makes an image of its own: say where with --out")
     if beside and source.level != 0:
         reason = "--level" if config.level is not None else "nearest to the model's voxel size"
@@ -286,7 +282,10 @@ def _choose_output(asked: _Asked, source: Volume, tile: Vec) -> OutputPlan:
             "image must have its own size: say where a store of their own goes with --out"
         )
     url = locate_output(config)
-    dtype, n_channels = _output_type(asked)
+    dtype, n_channels = predicted_type(asked.config, asked.card)
+    if kind == "instances":
+        # As large as it can become.
+        dtype, n_channels = "uint64", 1
     chunk = tuple(
         _chunk_side(t, n, CHUNK_SIDE[card.spec.dims])
         for t, n in zip(tile, source.shape, strict=True)
@@ -294,10 +293,10 @@ def _choose_output(asked: _Asked, source: Volume, tile: Vec) -> OutputPlan:
     most_voxels = BLOCK_BYTES // (n_channels * np.dtype(dtype).itemsize)
     return OutputPlan(
         url=url,
-        kind=config.output,
+        kind=kind,
         name=config.name,
         beside=beside,
-        dtype=dtype,
+        dtype=SMALLEST if kind == "instances" else dtype,
         chunk=chunk,
         shard=_choose_shard(source, tile, chunk, most_voxels),
         class_names=card.classes,

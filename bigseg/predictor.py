@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from bigseg.engine import build_engine
+from bigseg.instances import codes_of
 from bigseg.predict import predict_grown
 from bigseg.statistics import normalise
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Region
-    from bigseg.config import NormConstants
+    from bigseg.config import InstanceRule, NormConstants
     from bigseg.engine import EngineSpec
     from bigseg.model import UNet
     from bigseg.predict import TileGeometry
@@ -46,26 +47,34 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is written of probabilities: `labels` the class, else each of them in `dtype`."""
+    """What is written of probabilities, in `dtype`.
 
-    labels: bool
+    labels: the class. probabilities: each of them; uint8 holds 255 times a probability. codes:
+    inside and foreground of instances by `rule`, from probabilities in 255ths.
+    """
+
+    kind: Literal["labels", "probabilities", "codes"]
     dtype: np.dtype[Any]
+    rule: InstanceRule | None = None
 
     def __call__(self, probabilities: NDArray[np.float32]) -> NDArray[Any]:
-        """(classes, ...) float32 in, (1 or classes, ...) out; uint8 holds 255 times a probability.
+        """(classes, ...) float32 in, (1 or classes, ...) out.
 
         Of classes with equal probability the first wins.
         """
-        if self.labels:
+        if self.kind == "labels":
             return _argmax(probabilities, self.dtype)
         if self.dtype == np.uint8:
             probabilities = np.rint(probabilities * np.float32(255.0))
         encoded: NDArray[Any] = probabilities.astype(self.dtype)
+        if self.kind == "codes":
+            assert self.rule is not None
+            return codes_of(encoded, self.rule)[np.newaxis]
         return encoded
 
     def n_channels(self, n_classes: int) -> int:
         """Channels of the output of a network with so many classes."""
-        return 1 if self.labels else n_classes
+        return n_classes if self.kind == "probabilities" else 1
 
 
 class HostPredictor:

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.annotations import Annotated, open_annotated
+from bigseg.annotations import Annotated, judged, open_annotated
 from bigseg.augment import PatchFrame
 from bigseg.blocks import Region, Vec, round_up
-from bigseg.config import ModelCard, NormConstants, Settings, TrainConfig, UNetSpec
+from bigseg.config import InstanceRule, ModelCard, NormConstants, TrainConfig, UNetSpec
 from bigseg.engine import best_precision
 from bigseg.errors import ConfigError, InputError
 from bigseg.model import footprint
 from bigseg.patches import PatchPlan, PatchSampler, PatchSource
+from bigseg.settings import Settings
 from bigseg.statistics import norm_constants
 from bigseg.survey import Survey, survey
 
@@ -44,7 +45,10 @@ DEFAULT_BATCH = {2: 4, 3: 1}
 
 
 class SourceRecipe(Settings):
-    """One annotated image: where it is learned and validated; regions along t, z, y, x."""
+    """One annotated image: where it is learned and validated; regions along t, z, y, x.
+
+    One of them is empty where images are validated on whole.
+    """
 
     url: str
     shape: Vec
@@ -83,6 +87,12 @@ class Recipe(Settings):
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
+    def validated(self) -> list[tuple[SourceRecipe, Region]]:
+        """What validation looks at, image by image."""
+        parts = judged([source.val for source in self.sources])
+        return [(s, part) for s, part in zip(self.sources, parts, strict=True) if part.n_voxels]
+
+    @property
     def frame(self) -> PatchFrame:
         """The shapes of a patch: what the network reads and what it computes."""
         patch = self.config.patch
@@ -116,6 +126,7 @@ class Recipe(Settings):
                 n_classes=self.card.spec.out_channels,
             )
             for source in self.sources
+            if source.train.n_voxels
         ]
         return PatchSampler(sources, plan, device=device)
 
@@ -153,13 +164,15 @@ def make_recipe(asked: TrainConfig, *, device: Device) -> Recipe:
         }
     )
     constants = [norm_constants(a.image, asked.norm, asked.channels) for a in found.images]
+    learned = [c for c, n in zip(constants, found.n_learned, strict=True) if n]
     card = ModelCard(
         spec=spec,
         classes=found.classes,
         task=asked.task,
+        instances=InstanceRule() if asked.task == "instances" else None,
         voxel_um=found.voxel_um,
         norm=asked.norm,
-        norm_constants=_middle(constants),
+        norm_constants=_middle(learned),
         channels=asked.channels,
     )
     return Recipe(
@@ -239,7 +252,7 @@ def _choose_patch(asked: TrainConfig, spec: UNetSpec, found: Survey) -> Vec:
         return _checked_patch(asked.patch, spec)
     wanted = (DEFAULT_PATCH if spec.padding == "valid" else PADDED_PATCH)[spec.dims]
     finest = min(found.voxel_size)
-    shapes = [train.shape[-spec.dims :] for train, _ in found.regions]
+    shapes = [train.shape[-spec.dims :] for train, _ in found.regions if train.n_voxels]
     at_least = tuple(
         min(max(lengths), math.ceil(wanted * finest / size))
         for lengths, size in zip(zip(*shapes, strict=True), found.voxel_size, strict=True)

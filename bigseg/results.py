@@ -3,6 +3,8 @@
     OUT/            group: multiscales, and `bigseg` (the fingerprint of the plan that made it)
       0  1  2 ...   the voxels
       ledger/       what is finished
+      scratch/      what instances need until they are finished
+      probabilities/, objects.parquet       of instances: where they are kept; the table
 
 It is in the list of labels only while it is finished.
 """
@@ -12,11 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bigseg import layout, store
-from bigseg.config import parse_settings
 from bigseg.errors import ConfigError, InputError, OutputError, UsageError
 from bigseg.ledger import Ledger
-from bigseg.plan import Plan, output_spec
-from bigseg.stages import stage_grids
+from bigseg.plan import PREDICT, Plan, output_spec, stage_grids
+from bigseg.scratch import create_scratch, has_scratch, predicted_url, remove_scratch
+from bigseg.settings import parse_settings
+from bigseg.table import objects_url
 from bigseg.volume import create_pyramid, open_volume, unlist_label
 
 if TYPE_CHECKING:
@@ -68,8 +71,12 @@ def create_result(plan: Plan, guard: Callable[[], None]) -> Ledger:
     if is_begun := _is_begun(plan):
         if plan.output.beside:
             unlist_label(source.url, plan.output.name)
-    else:
+    elif plan.instances is None:
         create_pyramid(source, url, output_spec(plan), name=plan.output.name)
+    else:
+        layout.begin_image(url, like=source.multiscale, spec=output_spec(plan, "uint64"))
+    if plan.instances is not None:
+        create_scratch(plan)
     n_blocks = {stage: len(grid) for stage, grid in stage_grids(plan).items()}
     ledger = Ledger.create(ledger_url(url), plan.model_dump(mode="json"), n_blocks, guard=guard)
     ledger.is_new = not is_begun
@@ -112,13 +119,57 @@ def is_made_by_segment(url: str) -> bool:
     return isinstance(provenance, dict) and "fingerprint" in provenance
 
 
+def restore_scratch(plan: Plan, ledger: Ledger) -> None:
+    """Let everything that needs scratch space be done again, where that is gone.
+
+    It goes when a result is finished; `verify` can take blocks back after that.
+    """
+    stages = [stage for stage in ledger.stages if not stage.startswith("pyramid-")]
+    if plan.instances is None or has_scratch(plan):
+        return
+    if all(ledger.n_done(stage) == ledger.stages[stage] for stage in stages):
+        return
+    if plan.instances.keep_probabilities and store.exists(predicted_url(plan)):
+        stages.remove(PREDICT)
+    create_scratch(plan)
+    for stage in stages:
+        ledger.unmark(stage, range(ledger.stages[stage]))
+
+
+def change_rule(plan: Plan, changed: Plan, ledger: Ledger, guard: Callable[[], None]) -> None:
+    """Let all stages after `predict` be done again as another plan says.
+
+    What the network said must have been kept. Cut short, the result is an unfinished one of the
+    first plan.
+
+    Raises:
+        OutputError: the result cannot be written.
+    """
+    guard()
+    if plan.output.beside:
+        unlist_label(plan.source.url, plan.output.name)
+    for stage, n_blocks in ledger.stages.items():
+        if stage != PREDICT:
+            ledger.unmark(stage, range(n_blocks))
+    remove_scratch(plan)
+    url = plan.output.url
+    layout.take_back_image(url, output_spec(changed, "uint64"))
+    store.remove_file(objects_url(url))
+    create_scratch(changed)
+    n_blocks_of = {stage: len(grid) for stage, grid in stage_grids(changed).items()}
+    ledger.replan(changed.model_dump(mode="json"), n_blocks_of)
+
+
 def _is_begun(plan: Plan) -> bool:
     """Whether the output of this very plan is there: created by a run killed before its ledger."""
     url = plan.output.url
     if not store.exists(url):
         return False
     try:
-        provenance = open_volume(url).provenance
+        if plan.instances is None:
+            # Published: one that was cut short before is made anew.
+            open_volume(url)
+        provenance = store.open_group(url, mode="r").attrs.get(layout.PROVENANCE)
     except InputError:
         return False
-    return (provenance or {}).get("fingerprint") == plan.fingerprint
+    return isinstance(provenance, dict) and provenance.get("fingerprint") == plan.fingerprint

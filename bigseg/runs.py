@@ -5,7 +5,8 @@
     RUN/metrics.jsonl               a line every few steps and one for each validation
     RUN/checkpoints/state-0, -1     weights and optimiser, written in turn: the last two
     RUN/checkpoints/best            the model with the best validation score so far
-    RUN/model.safetensors           that model, written last: the run is finished
+    RUN/model.safetensors           that model, written last: the run is finished; for task
+                                    instances with the rule that makes objects of its output
 
 It knows files and recipes, and nothing of networks at work. Every file is replaced whole, so the
 folder may be on any store that all workers reach.
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from bigseg import store
 from bigseg.checkpoint import read_card, save_state
-from bigseg.config import TrainConfig, dump_yaml, parse_settings
+from bigseg.config import TrainConfig, dump_yaml
 from bigseg.errors import ConfigError, InputError, InputNotFoundError, OutputError
 from bigseg.recipe import Recipe, differences, make_recipe
+from bigseg.settings import parse_settings
 
 if TYPE_CHECKING:
+    from bigseg.config import ModelCard
     from bigseg.engine import Device
 
 MAX_JOURNAL_BYTES = 256 << 20
@@ -76,7 +79,10 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: `first_step` is where the last call began, `steps` where it was finished."""
+    """A finished run: `first_step` is where the last call began, `steps` where it was finished.
+
+    `instances` says how objects are made, and how good they are, for task instances.
+    """
 
     model_url: str
     metrics_url: str
@@ -85,6 +91,7 @@ class TrainResult:
     best_step: int
     best_score: float
     seconds: float
+    instances: str | None = None
 
 
 class Journal:
@@ -168,7 +175,8 @@ def finished(recipe: Recipe, url: str, *, first_step: int | None = None) -> Trai
     files = RunFiles(url)
     if not _is_there(files.model):
         return None
-    trained = read_card(files.model).trained
+    card = read_card(files.model)
+    trained = card.trained
     if trained.get("fingerprint") != recipe.fingerprint:
         raise OutputError(
             f"{files.model} was not made by the run in {url}: move it away, or use --overwrite"
@@ -182,6 +190,23 @@ def finished(recipe: Recipe, url: str, *, first_step: int | None = None) -> Trai
         best_step=trained["step"],
         best_score=trained["score"],
         seconds=max((line["seconds"] for line in lines), default=0.0),
+        instances=_rule_in_words(card),
+    )
+
+
+def _rule_in_words(card: ModelCard) -> str | None:
+    rule, found = card.instances, card.trained.get("instances")
+    if rule is None:
+        return None
+    words = (
+        f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
+        f"{rule.foreground:g}"
+    )
+    if found is None:
+        return f"{words} (the defaults: too few objects to choose by)"
+    return (
+        f"{words}; on {found['n_objects']} held-out objects mean AP "
+        f"{found['average_precision']:.4f}, adapted Rand error {found['rand_error']:.4f}"
     )
 
 

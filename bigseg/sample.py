@@ -67,7 +67,7 @@ def make_sample(
     tissue = _tissue(seed, shape, voxel_um)
     image = _create_image(url, tissue, shape, voxel_um)
     labels = _create_labels(image, LABELS, tissue.label_dtype)
-    classes = _create_labels(image, TISSUE, np.dtype(np.uint8), class_names("boundary"))
+    classes = _create_labels(image, TISSUE, np.dtype(np.uint8), class_names("instances"))
     shapes = [image.at(level).shape for level in range(image.n_levels)]
     grids = [_grid(level_shape, len(shape)) for level_shape in shapes]
     progress = progress or NullProgress()

@@ -16,6 +16,7 @@ of the output moves a value by at most:
     labels          the class that was written had the largest probability there, q of the engine:
                     q[k] >= q[i] for all i, thus p[k] >= max p - 2b
     background      where nothing is kept, exactly 0
+    instances       what object_seams.py says of them
 
 A voxel that breaks this was not computed from its whole context: no share of wrong ones is allowed.
 """
@@ -36,8 +37,10 @@ from bigseg.engine import torch_forward
 from bigseg.errors import InputError, ModelFileError, UsageError
 from bigseg.filling import SourceVolume
 from bigseg.model import footprint
+from bigseg.object_seams import expected, n_impossible
 from bigseg.predict import mirrored, predict_grown, tile_geometry
 from bigseg.statistics import normalise
+from bigseg.steps import Steps
 from bigseg.transform import Transform, TransformedVolume
 from bigseg.volume import open_volume
 
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
     from bigseg.config import ModelCard
     from bigseg.engine import Forward
     from bigseg.model import UNet
-    from bigseg.plan import Plan
+    from bigseg.plan import InstancePlan, Plan
 
 BOUND = {"fp32": 1e-4, "bf16": 0.06, "fp16": 0.01}
 """The largest difference of a probability to float32 in eager torch, by the engine's precision.
@@ -128,12 +131,17 @@ class Reference:
         dims = self._card.spec.dims
         return (1,) + (2,) * (3 - dims) + (SIDE_VOX,) * dims
 
-    def compare(self, box: Region, stored: NDArray[Any]) -> Difference | None:
+    def compare(self, box: Region, stored: NDArray[Any]) -> Difference | str | None:
         """How the voxels (c, t, z, y, x) that are stored at a box differ; None where they do not.
+
+        Of instances they are the probabilities, where those were kept.
 
         Raises:
             BigsegError: the image cannot be read there.
         """
+        instances = self._plan.instances
+        if instances is not None and not instances.keep_probabilities:
+            return self._compare_objects(instances, box, stored[0])
         keep, probabilities, bound = self._truth(box)
         if self._plan.output.kind == "labels":
             excess, allowed = _label_excess(stored[0], probabilities), 2 * bound
@@ -147,6 +155,24 @@ class Reference:
             return None
         largest = float(np.max(np.where(keep, excess, background), where=wrong, initial=0.0))
         return Difference(int(wrong.sum()), box.n_voxels, largest, allowed)
+
+    def _compare_objects(
+        self, instances: InstancePlan, box: Region, labels: NDArray[Any]
+    ) -> str | None:
+        margin = Steps(instances.ratios).reach_vox(instances.rule.erode)
+        inside = box.intersect(self._plan.region)
+        grown = inside.grow(margin, margin).intersect(self._plan.region)
+        keep, probabilities, bound = self._truth(grown)
+        inner = inside.relative_to(grown.start)
+        known = expected(instances, probabilities, keep, bound, inner)
+        part = labels[inside.relative_to(box.start).slices]
+        n_wrong = n_impossible(instances, known, part)
+        n_wrong += int(np.count_nonzero(labels)) - int(np.count_nonzero(part))
+        if not n_wrong:
+            return None
+        return (
+            f"{n_wrong} of {box.n_voxels} voxels have labels that one forward pass does not allow"
+        )
 
     def _truth(self, box: Region) -> tuple[NDArray[np.bool_], NDArray[np.float32], float]:
         """What is kept of a box, its probabilities (classes, t, z, y, x), and their bound.

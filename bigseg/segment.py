@@ -2,6 +2,7 @@
 
     prepare    plan ─> output created, unlisted ─> ledger
     carry_out  predict ─> pyramid-1 ─> pyramid-2 ... ─> list
+               predict ─> seeds ─> stitch ─> number ─> grow ─> pyramid-1 ... ─> objects ─> list
 
 Each stage runs the blocks that the ledger does not have yet. A label image is listed in `labels/`
 last, when it is complete.
@@ -20,16 +21,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg import store
+from bigseg.counting import carry_out_alone, read_count
 from bigseg.errors import StoreError
 from bigseg.forecast import make_forecast
 from bigseg.ledger import Ledger
 from bigseg.lock import Lock
 from bigseg.places import Here
-from bigseg.plan import PREDICT, Plan
+from bigseg.plan import ALONE, NUMBER, PREDICT, Plan, stage_grids
 from bigseg.planner import locate_output, make_plan
 from bigseg.reports import BlockReport, Spent
-from bigseg.results import begun_plan, check_same, create_result, ledger_url, remove_result
-from bigseg.stages import stage_grids
+from bigseg.results import (
+    begun_plan,
+    check_same,
+    create_result,
+    ledger_url,
+    remove_result,
+    restore_scratch,
+)
+from bigseg.scratch import remove_scratch
 from bigseg.transform import load_transform
 from bigseg.trial import is_worth_trying
 from bigseg.volume import list_label
@@ -73,6 +82,7 @@ class SegmentResult:
     n_done_before: int
     n_done: int
     n_empty: int
+    n_objects: int | None
     filled: tuple[str, ...]
     failed: tuple[BlockReport, ...]
     spent: Spent
@@ -183,6 +193,7 @@ def carry_out(
     """
     started = time.monotonic()
     stop = stop or threading.Event()
+    restore_scratch(plan, ledger)
     grids = stage_grids(plan)
     n_before = sum(map(ledger.n_done, grids))
     failed: list[BlockReport] = []
@@ -193,6 +204,11 @@ def carry_out(
             continue
         n_done = len(grid) - int(np.count_nonzero(pending))
         with progress.task(stage, total=len(grid), unit="blocks", done=n_done) as task:
+            if stage in ALONE:
+                ledger.mark(stage, 0, carry_out_alone(plan, stage, ledger.check))
+                ledger.flush()
+                task.advance(1)
+                continue
             follower = _Follower(ledger, stage, grid, plan, task, note)
             spent[stage] = follower.follow(executor.run(stage, pending, stop), failed)
         if stop.is_set() or ledger.n_done(stage) < len(grid):
@@ -206,6 +222,7 @@ def carry_out(
         n_done_before=n_before,
         n_done=n_done,
         n_empty=ledger.n_empty(PREDICT),
+        n_objects=_count_objects(plan, ledger),
         filled=tuple(ledger.filled),
         failed=tuple(failed),
         spent=spent.get(PREDICT, Spent()),
@@ -214,6 +231,15 @@ def carry_out(
     if result.is_complete:
         _complete(result, ledger, executor, spent)
     return result
+
+
+def _count_objects(plan: Plan, ledger: Ledger) -> int | None:
+    """The number of objects, where there are any and they have been numbered."""
+    if plan.instances is None:
+        return None
+    if ledger.is_finished:
+        return ledger.record.get("objects")
+    return read_count(plan) if ledger.n_done(NUMBER) else None
 
 
 def _complete(
@@ -230,6 +256,8 @@ def _complete(
         list_label(plan.source.url, plan.output.name)
     if not ledger.is_finished:
         ledger.finish(_record(result, executor.n_workers, spent))
+    if plan.instances is not None:
+        remove_scratch(plan)
 
 
 @dataclass
@@ -308,6 +336,7 @@ def _record(result: SegmentResult, n_workers: int, spent: dict[str, Spent]) -> d
         "empty_blocks": result.n_empty,
         "filled_chunks": list(result.filled),
         "workers": n_workers,
+        **({} if result.n_objects is None else {"objects": result.n_objects}),
         "spent": {stage: value.as_dict() for stage, value in spent.items()},
     }
     if result.n_done_before == 0:

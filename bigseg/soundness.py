@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigseg import layout, store
-from bigseg.blocks import round_up
 from bigseg.errors import InputError
 from bigseg.findings import Check, Finding
-from bigseg.stages import stage_grids
+from bigseg.plan import stage_grids
 from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
@@ -61,11 +60,12 @@ def _image_faults(plan: Plan, ledger: Ledger, finest: Volume) -> Iterator[Findin
             f"its fingerprint is {str(fingerprint)[:12]}, that of the plan in its ledger "
             f"{stored[:12]}"
         )
-    if finest.multiscale.is_label != (plan.output.kind == "labels"):
+    if finest.multiscale.is_label != (plan.output.kind != "probabilities"):
         kind = "a label image" if finest.multiscale.is_label else "no label image"
         yield _fault(f"it is {kind}, and the plan asks for {plan.output.kind}")
-    if finest.n_levels != len(ledger.stages):
-        yield _fault(f"it lists {finest.n_levels} levels, its ledger has {len(ledger.stages)}")
+    n_levels = 1 + sum(stage.startswith("pyramid-") for stage in ledger.stages)
+    if finest.n_levels != n_levels:
+        yield _fault(f"it lists {finest.n_levels} levels, its ledger has {n_levels}")
 
 
 def _list_faults(plan: Plan, ledger: Ledger, image: str | None) -> Iterator[Finding]:
@@ -89,7 +89,7 @@ def _source_of(plan: Plan, image: str | None) -> Volume | None:
 
 def _level_faults(plan: Plan, volume: Volume, source: Volume | None) -> Iterator[Finding]:
     wanted = {
-        "type": np.dtype(plan.output.dtype),
+        "type": volume.dtype if plan.instances else np.dtype(plan.output.dtype),
         "number of channels": max(1, len(plan.output.channel_names)),
         "chunk": tuple(map(min, plan.output.chunk, volume.shape)),
         "write unit": _write_unit(plan, volume),
@@ -117,13 +117,10 @@ def _level_faults(plan: Plan, volume: Volume, source: Volume | None) -> Iterator
 
 def _write_unit(plan: Plan, volume: Volume) -> tuple[int, ...]:
     """The shard that a level gets, else its chunk, as they are created."""
-    chunk = tuple(map(min, plan.output.chunk, volume.shape))
-    if plan.output.shard is None or volume.multiscale.version == "0.4":
-        return chunk
-    return tuple(
-        min(round_up(s, c), round_up(n, c))
-        for s, c, n in zip(plan.output.shard, chunk, volume.shape, strict=True)
-    )
+    has_shards = volume.multiscale.version != "0.4"
+    shard = plan.output.shard if has_shards else None
+    chunk, shard = layout.units_of(plan.output.chunk, shard, volume.shape)
+    return shard or chunk
 
 
 def _ledger_faults(stages: Mapping[str, int], n_blocks: Mapping[str, int]) -> Iterator[Finding]:

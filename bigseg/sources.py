@@ -63,32 +63,47 @@ def open_source(paths: Sequence[str]) -> Source:
         UsageError: no file, or HDF5 without or with a wrong dataset.
         ResourceError: the package that reads the format is not installed.
     """
-    files = list(itertools.chain.from_iterable(_expand(path) for path in paths))
+    files = list(itertools.chain.from_iterable(files_of(path) for path in paths))
     if not files:
         raise UsageError("no image given: give files, or a folder with TIFF or PNG files")
     if len(files) == 1:
         return _open(files[0])
-    if files != sorted(files, key=_natural):
+    if files != sorted(files, key=natural_order):
         log.warning("the stack goes from %s to %s as given, not by number", files[0], files[-1])
     return _Stack(files)
 
 
-def _expand(path: str) -> list[str]:
+def files_of(path: str) -> list[str]:
+    """The path itself; of a folder the images in it, by the numbers in their names.
+
+    Raises:
+        InputError: a folder without TIFF and PNG files.
+    """
     if not Path(path).is_dir():
         return [path]
     found = [str(p) for p in Path(path).iterdir() if p.suffix.lower() in TIFF + PNG]
     if not found:
         raise InputError(f"folder {path} holds no TIFF or PNG files: give files or another folder")
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural_order)
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def natural_order(path: str) -> list[tuple[int, str]]:
     """Sort key that puts image2 before image10."""
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", path) if p]
 
 
+def without_ending(path: str) -> str:
+    """The name of a file without folders, dataset and ending: `a` of x/a.ome.tif, x/a.h5:/raw."""
+    name = Path(_file_and_dataset(path)[0]).name
+    for ending in (*TIFF, *PNG, *HDF5):
+        if name.lower().endswith(ending):
+            name = name[: -len(ending)]
+            return name.removesuffix(".ome")
+    return name
+
+
 def _open(path: str) -> Source:
-    file, _, dataset = path.partition(":") if ".h5:" in path or ".hdf" in path else (path, "", "")
+    file, dataset = _file_and_dataset(path)
     suffix = Path(file).suffix.lower()
     opener = next((open_ for suffixes, open_ in _FORMATS.items() if suffix in suffixes), None)
     if not Path(file).exists():
@@ -106,6 +121,12 @@ def _open(path: str) -> Source:
         ) from None
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from None
+
+
+def _file_and_dataset(path: str) -> tuple[str, str]:
+    has_dataset = ".h5:" in path or ".hdf" in path
+    file, _, dataset = path.partition(":") if has_dataset else (path, "", "")
+    return file, dataset
 
 
 class _Tiff:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bigseg.annotations import Annotated, middle, open_annotated, split
+from bigseg.annotations import Annotated, held_out, judged, open_annotated, split
 from bigseg.errors import ConfigError, InputError
 from bigseg.losses import balanced_weights
 from bigseg.targets import class_names
@@ -33,6 +33,7 @@ _Regions = tuple["Region", "Region"]
 class Survey:
     """The images, where each is learned and validated (t, z, y, x), and what they agree on.
 
+    Images that are validated on whole come last. A region is empty where there is nothing of it.
     `voxel_size` is along the `dims` last axes, in micrometers where the images say so;
     `n_learned` are the annotated voxels to learn from in each image.
     """
@@ -65,8 +66,10 @@ def survey(asked: TrainConfig) -> Survey:
         ConfigError: settings that contradict the images.
         InputError: images or labels that cannot be used, or differ in voxel size.
     """
-    images = tuple(open_annotated(url, asked) for url in asked.images)
-    regions = tuple(split(image) for image in images)
+    learned = _images_to_learn(asked)
+    images = tuple(open_annotated(url, asked) for url in (*learned, *asked.val_images))
+    n = len(learned)
+    regions = tuple(split(a) for a in images[:n]) + tuple(held_out(a) for a in images[n:])
     dims = asked.dims or _choose_dims(images)
     _check_dims(images, dims)
     classes, n_learned = _choose_classes(images, regions, asked)
@@ -80,6 +83,22 @@ def survey(asked: TrainConfig) -> Survey:
         classes=classes,
         n_learned=tuple(n_learned),
     )
+
+
+def _images_to_learn(asked: TrainConfig) -> list[str]:
+    """The images but those that are held out, so that a folder may hold both."""
+    if asked.val_images and asked.val_region is not None:
+        raise ConfigError(
+            f"val_region: {asked.val_region} together with {len(asked.val_images)} val_images, "
+            "which are validated on whole: leave one of them out"
+        )
+    learned = [url for url in asked.images if url not in asked.val_images]
+    if not learned:
+        raise ConfigError(
+            f"val_images: they hold {asked.images[0]} and all other images, which leaves nothing "
+            "to learn from: hold out some of them"
+        )
+    return learned
 
 
 def _choose_dims(opened: Sequence[Annotated]) -> Literal[2, 3]:
@@ -120,12 +139,14 @@ def _choose_classes(
     opened: Sequence[Annotated], regions: Sequence[_Regions], asked: TrainConfig
 ) -> tuple[tuple[str, ...], list[int]]:
     """The names of the classes, and the voxels to learn from in each image."""
-    choose = _semantic_classes if asked.task == "semantic" else _boundary_classes
+    choose = _semantic_classes if asked.task == "semantic" else _instance_classes
     classes, to_learn, to_validate = choose(opened, regions, asked)
     if not sum(to_learn) or not sum(to_validate):
-        part = "the middle of val_region" if sum(to_learn) else "region"
+        first = asked.images[0]
+        held = "the val_images" if asked.val_images else f"the middle of val_region of {first}"
+        part = held if sum(to_learn) else f"region of {first}"
         raise InputError(
-            f"no voxel of {part} of {asked.images[0]} is annotated in {asked.labels!r}: choose one "
+            f"no voxel of {part} is annotated in {asked.labels!r}: choose one "
             "where there are labels"
         )
     return classes, to_learn
@@ -134,6 +155,11 @@ def _choose_classes(
 def _semantic_classes(
     opened: Sequence[Annotated], regions: Sequence[_Regions], asked: TrainConfig
 ) -> tuple[tuple[str, ...], list[int], list[int]]:
+    if asked.loss.weight_map is not None:
+        raise ConfigError(
+            "loss.weight_map with task: semantic, whose labels are no objects between which there "
+            "could be gaps: use task: instances, or leave weight_map out"
+        )
     learned = [_learned(a.count_labels, *r) for a, r in zip(opened, regions, strict=True)]
     held = [a.count_labels(val) for a, (_, val) in zip(opened, regions, strict=True)]
     judged = [a.count_annotated(part)[0] for a, part in zip(opened, _judged(regions), strict=True)]
@@ -155,13 +181,13 @@ def _semantic_classes(
     return classes, [int(c.sum()) for c in learned], [int(n) for n in judged]
 
 
-def _boundary_classes(
+def _instance_classes(
     opened: Sequence[Annotated], regions: Sequence[_Regions], asked: TrainConfig
 ) -> tuple[tuple[str, ...], list[int], list[int]]:
-    classes = class_names("boundary")
+    classes = class_names("instances")
     if asked.classes not in (None, classes):
         raise ConfigError(
-            f"classes: {list(asked.classes or ())} with task: boundary, whose classes are "
+            f"classes: {list(asked.classes or ())} with task: instances, whose classes are "
             f"{', '.join(classes)}: leave classes out"
         )
     learned = [_learned(a.count_annotated, *r) for a, r in zip(opened, regions, strict=True)]
@@ -176,7 +202,7 @@ def _boundary_classes(
 
 
 def _judged(regions: Sequence[_Regions]) -> list[Region]:
-    return [middle(val, n_images=len(regions)) for _, val in regions]
+    return judged([val for _, val in regions])
 
 
 def _learned(

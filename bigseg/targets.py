@@ -31,8 +31,8 @@ BACKGROUND, INSIDE, BORDER = 0, 1, 2
 
 
 def class_names(task: str, n_classes: int = 2) -> tuple[str, ...]:
-    """Names of the classes of `task` (semantic or boundary) where the user gave none."""
-    if task == "boundary":
+    """Names of the classes of `task` (semantic or instances) where the user gave none."""
+    if task == "instances":
         return ("background", "inside", "border")
     if n_classes == 2:
         return ("background", "foreground")

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bigseg.config import Settings
 from bigseg.errors import ResourceError, UsageError
 from bigseg.model import ConvBlock, UNet, valid_copy
 from bigseg.reuse import cache_dir, digest_of, load_entry, processor, save_entry
+from bigseg.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -2,6 +2,7 @@
 
     batch ──> network ──> loss ──> gradients (averaged over the workers) ──> AdamW ──> next step
                  every few steps, on rank 0: journal; validate, keep the best; save the state
+                 at the end, on rank 0: the rule that makes objects of the best model's output
 
 A step depends on the state before it and on its number only, so a run that was cut off and goes on
 ends in the same bytes (on one worker and one machine).
@@ -25,7 +26,8 @@ from bigseg.errors import InputError, InputNotFoundError, ModelFileError, Output
 from bigseg.losses import segmentation_loss
 from bigseg.model import UNet
 from bigseg.runs import Journal, RunFiles
-from bigseg.validation import validate
+from bigseg.tuning import FEWEST_OBJECTS, choose_rule
+from bigseg.validation import judged_objects, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +177,11 @@ class _Trainer:
         ):
             logits = self.module(image)
         loss = segmentation_loss(
-            logits, batch.target, dice=self.config.loss.dice, class_weights=self.class_weights
+            logits,
+            batch.target,
+            dice=self.config.loss.dice,
+            class_weights=self.class_weights,
+            extra_weights=self._extra_weights(batch),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, batch.step)
@@ -184,6 +190,10 @@ class _Trainer:
         nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         return loss.detach()
+
+    def _extra_weights(self, batch: Batch) -> Tensor | None:
+        rule = self.config.loss.weight_map
+        return None if rule is None or batch.closeness is None else rule.w0 * batch.closeness
 
     def _due(self) -> set[str]:
         """What follows this step: report, validate, save; nothing after most steps."""
@@ -231,12 +241,14 @@ class _Trainer:
             save_model(self.files.best, self.net, self._card(found.as_dict()))
 
     def _card(self, scores: dict[str, Any]) -> ModelCard:
+        sources = self.recipe.sources
         trained = {
             "step": self.standing.step,
             "steps": self.config.steps,
             "score": self.standing.best_score,
             **scores,
-            "images": [store.name_of(url) for url in self.config.images],
+            "images": [store.name_of(s.url) for s in sources if s.train.n_voxels],
+            "val_images": [store.name_of(s.url) for s in sources if not s.train.n_voxels],
             "labels": self.config.labels,
             "fingerprint": self.recipe.fingerprint,
         }
@@ -289,8 +301,26 @@ class _Trainer:
 
     def _finish(self) -> None:
         net, card = load_model(self.files.best)
+        if self.config.task == "instances":
+            card = self._with_rule(net, card)
         self.runtime.guard()
         save_model(self.files.model, net, card)
+
+    def _with_rule(self, net: UNet, card: ModelCard) -> ModelCard:
+        """The card with the rule that makes the best objects of the held-out regions."""
+        logger.info("choosing the rule that makes objects of probabilities")
+        choice = choose_rule(judged_objects(net, self.recipe, device=self.runtime.device))
+        if choice is None:
+            logger.warning(
+                "the validation regions hold fewer than %d objects, too few to choose a rule by, "
+                "so the model keeps the default one: validate on more, with val_region or "
+                "val_images",
+                FEWEST_OBJECTS,
+            )
+            return card
+        rule, score = choice
+        trained = {**card.trained, "instances": score.as_dict()}
+        return card.model_copy(update={"instances": rule, "trained": trained})
 
 
 def _load_slot(url: str, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg.blocks import Region, Vec
-from bigseg.config import Settings
 from bigseg.errors import InputError, UsageError
+from bigseg.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

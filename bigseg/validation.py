@@ -1,7 +1,7 @@
 """The score of a network on the held-out regions, measured as it will segment: valid, by tiles.
 
-At most `VALIDATION_VOXELS` voxels are looked at, shared equally by the images: the middle of each
-held-out region (`annotations.middle`), the same at every validation of a run.
+At most `VALIDATION_VOXELS` voxels are looked at, shared by the images: all of the held-out regions
+or the middle of each (`annotations.judged`), the same at every validation of a run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.annotations import middle
 from bigseg.cost import default_tile, forward_bytes
 from bigseg.engine import torch_forward
 from bigseg.evaluate import Contingency, Scores, scores
 from bigseg.predict import predict_region, tile_geometry
 from bigseg.targets import IGNORE
+from bigseg.tuning import Judged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from bigseg.annotations import Annotated
+    from bigseg.blocks import Region
     from bigseg.engine import Forward
     from bigseg.model import UNet
     from bigseg.recipe import Recipe, SourceRecipe
@@ -60,10 +62,8 @@ class Validation:
 
 def validate(net: UNet, recipe: Recipe, *, device: torch.device) -> Validation:
     """The scores of `net` on the held-out regions of the recipe's images."""
-    precision = recipe.config.precision
-    assert precision != "auto"
-    forward = torch_forward(net, device=device, precision=precision)
-    parts = [_judge(recipe, source, forward) for source in recipe.sources]
+    forward = _forward(net, recipe, device)
+    parts = [_judge(recipe, source, region, forward) for source, region in recipe.validated]
     n_voxels = sum(table.n_voxels for table, _ in parts)
     return Validation(
         loss=sum(loss for _, loss in parts) / n_voxels,
@@ -72,15 +72,54 @@ def validate(net: UNet, recipe: Recipe, *, device: torch.device) -> Validation:
     )
 
 
-def _judge(recipe: Recipe, source: SourceRecipe, forward: Forward) -> tuple[Contingency, float]:
+def judged_objects(net: UNet, recipe: Recipe, *, device: torch.device) -> list[Judged]:
+    """What `net` says of the held-out regions, and their true objects; for task instances."""
+    forward = _forward(net, recipe, device)
+    found = []
+    for source, region in recipe.validated:
+        annotated = recipe.open(source)
+        probabilities = _predict(recipe, source, annotated, region, forward)
+        objects = annotated.objects(region, dims=recipe.card.spec.dims)
+        size = annotated.voxel_size[-recipe.card.spec.dims :]
+        found.append(Judged(_in_255ths(probabilities), objects, size))
+    return found
+
+
+def _forward(net: UNet, recipe: Recipe, device: torch.device) -> Forward:
+    precision = recipe.config.precision
+    assert precision != "auto"
+    return torch_forward(net, device=device, precision=precision)
+
+
+def _in_255ths(probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """As segmenting keeps them, plane by plane for the sake of memory."""
+    found = np.empty(probabilities.shape, np.uint8)
+    for plane, into in zip(probabilities.swapaxes(0, 2), found.swapaxes(0, 2), strict=True):
+        into[:] = np.rint(plane * np.float32(255.0))
+    return found
+
+
+def _judge(
+    recipe: Recipe, source: SourceRecipe, region: Region, forward: Forward
+) -> tuple[Contingency, float]:
     """Counts of (predicted, true) class over one image, and its summed cross-entropy."""
     spec, annotated = recipe.card.spec, recipe.open(source)
-    region = middle(source.val, n_images=len(recipe.sources))
+    probabilities = _predict(recipe, source, annotated, region, forward)
+    truth = annotated.target(region, dims=spec.dims, n_classes=spec.out_channels)
+    found = probabilities.argmax(axis=0).astype(np.int16)
+    table = Contingency.of(found, truth, ignore_truth=IGNORE)
+    return table, _summed_cross_entropy(probabilities, truth)
+
+
+def _predict(
+    recipe: Recipe, source: SourceRecipe, annotated: Annotated, region: Region, forward: Forward
+) -> NDArray[np.float32]:
+    spec = recipe.card.spec
 
     def fits(output: Sequence[Any]) -> Any:  # noqa: ANN401 - arrays of sizes
         return forward_bytes(spec, output[-spec.dims :]) <= TILE_BYTES
 
-    probabilities = predict_region(
+    return predict_region(
         annotated.image,
         forward,
         tile_geometry(spec, default_tile(spec, region.shape, fits)),
@@ -88,10 +127,6 @@ def _judge(recipe: Recipe, source: SourceRecipe, forward: Forward) -> tuple[Cont
         channels=recipe.config.channels,
         constants=source.constants,
     )
-    truth = annotated.target(region, dims=spec.dims, n_classes=spec.out_channels)
-    found = probabilities.argmax(axis=0).astype(np.int16)
-    table = Contingency.of(found, truth, ignore_truth=IGNORE)
-    return table, _summed_cross_entropy(probabilities, truth)
 
 
 def _summed_cross_entropy(probabilities: NDArray[np.float32], truth: NDArray[np.int16]) -> float:

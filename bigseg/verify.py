@@ -35,11 +35,11 @@ from bigseg.examined import Examined
 from bigseg.findings import Check, Finding, Verification
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger, checksum_of
 from bigseg.lock import read_lock
-from bigseg.plan import PREDICT
+from bigseg.plan import NUMBER
+from bigseg.pyramid_stage import PyramidStage
 from bigseg.results import begun_plan
 from bigseg.seams import Reference
 from bigseg.soundness import LIST, check_metadata
-from bigseg.stages import PyramidStage
 from bigseg.status import image_of, open_result
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def verify(
                 f"{url} was begun and holds nothing yet: the same `bigseg segment` command goes on"
             )
         plan = _moved(begun_plan(ledger, url), ledger, url)
+        if plan.instances is not None and not ledger.n_done(NUMBER):
+            raise IncompleteError(
+                f"{url} has no labels yet: the same `bigseg segment` command goes on"
+            )
         image = image_of(url) if plan.output.beside else None
         metadata = check_metadata(plan, ledger, image=image)
         if any(finding.stage != LIST for finding in metadata.findings):
@@ -224,21 +228,21 @@ def _check_seams(
         reference = Reference(examined.plan, image=image, transform=transform)
     except BigsegError as error:
         return Check("seams", 0, not_done=str(error))
-    places = examined.draw_places(n_seams, reference.sides, rng)
+    places, stage = examined.draw_places(n_seams, reference.sides, rng), examined.seam_stage
     findings, unread = [], []
     with progress.task("verify seams", total=len(places), unit="places") as task:
         for place in places:
             try:
-                difference = reference.compare(place.box, examined.read(PREDICT, place.box))
+                difference = reference.compare(place.box, examined.read(stage, place.box))
             except InputError as error:
                 unread.append(f"{place.box}: {error}")
             else:
                 if difference is not None:
-                    findings.append(Finding(PREDICT, None, place.box, str(difference)))
+                    findings.append(Finding(stage, None, place.box, str(difference)))
             task.advance(1, voxels=place.box.n_voxels)
     for finding in findings:
         assert finding.region is not None
-        examined.blame(PREDICT, touching(examined.grids[PREDICT], finding.region))
+        examined.blame(stage, touching(examined.grids[stage], finding.region))
     return Check(
         "seams",
         len(places) - len(unread),

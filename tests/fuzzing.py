@@ -29,10 +29,11 @@ from zarr_images import metadata
 from bigseg import console, convert, guards, ngff, store
 from bigseg.blocks import parse_region
 from bigseg.checkpoint import load_model, load_state, save_model, save_state
-from bigseg.config import ModelCard, SegmentConfig, UNetSpec, load_train_config, parse_settings
+from bigseg.config import ModelCard, SegmentConfig, UNetSpec, load_train_config
 from bigseg.errors import BigsegError
 from bigseg.info import as_text, describe
 from bigseg.model import UNet
+from bigseg.settings import parse_settings
 from bigseg.units import canonical_unit, parse_bytes
 
 SLOWEST_S = 5.0

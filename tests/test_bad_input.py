@@ -813,7 +813,7 @@ CASES = [
         "numbered objects as classes",
         TRAIN,
         "labels 'cells' of {0}/image.zarr have values from 0 to 9223372036854775813, but classes "
-        "are numbered 0 to 255: for numbered objects use `task: boundary`, for voxels without "
+        "are numbered 0 to 255: for numbered objects use `task: instances`, for voxels without "
         "annotation set `ignore`",
         3,
         labels(IDS),
@@ -1192,7 +1192,7 @@ def test_blanks_and_other_letters_in_a_path_work(folder, plain):
 
 
 TINY = """
-task: boundary
+task: instances
 dims: 2
 steps: 2
 batch: 1

@@ -18,6 +18,7 @@ from bigseg.config import (
     SegmentConfig,
     TrainConfig,
     UNetSpec,
+    WeightMap,
     dump_yaml,
     load_train_config,
     parse_settings,
@@ -53,7 +54,13 @@ printable = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF, exclud
         classes=st.none() | st.lists(printable, max_size=3).map(tuple),
         net=st.builds(NetConfig, depth=st.none() | st.integers(0, 7)),
         optim=st.builds(OptimConfig, lr=st.floats(1e-12, 1e3)),
-        loss=st.builds(LossConfig, dice=st.floats(0, 1e9)),
+        val_images=st.lists(printable, max_size=2).map(tuple),
+        border_um=st.none() | st.floats(1e-6, 1e6),
+        loss=st.builds(
+            LossConfig,
+            dice=st.floats(0, 1e9),
+            weight_map=st.none() | st.builds(WeightMap, w0=st.floats(0.1, 1000)),
+        ),
         augment=st.builds(AugmentConfig, elastic_vox=st.floats(0, 1e9), flip=st.booleans()),
         norm=st.builds(NormRule, kind=st.sampled_from(["percentile", "meanstd"])),
         patch=st.none() | st.tuples(st.integers(1, 512), st.integers(1, 512)),
@@ -105,8 +112,10 @@ def test_a_missing_key_is_named():
         ({"images": []}, "images = []: Tuple should have at least 1 item"),
         ({"labels": 3}, "labels = 3: Input should be a valid string"),
         ({"optim": 3}, "options: optim = 3"),
-        ({"task": "instances"}, "task = 'instances': Input should be 'semantic' or 'boundary'"),
+        ({"task": "boundary"}, "task = 'boundary': Input should be 'semantic' or 'instances'"),
         ({"dims": 4}, "dims = 4"),
+        ({"border_um": 0}, "border_um = 0: Input should be greater than 0"),
+        ({"loss": {"weight_map": {"w0": -1}}}, "loss.weight_map.w0 = -1: Input should be greater"),
         ({"augment": {"scale": 1.0}}, "augment.scale = 1.0: Input should be less than 1"),
         ({"norm": {"low": 60, "high": 40}}, "low percentile 60.0 must be below high percentile 40"),
     ],
@@ -239,3 +248,11 @@ def test_configuration_errors_are_usage_errors_with_exit_code_2():
     assert issubclass(ConfigError, UsageError)
     assert issubclass(ConfigError, ValueError)
     assert ConfigError.exit_code == 2
+
+
+def test_an_unknown_setting_inside_an_optional_one_is_answered_with_its_neighbours():
+    with pytest.raises(ConfigError, match="did you mean 'sigma_um'"):
+        load_train_config(
+            None,
+            {"images": ("a",), "labels": "b", "loss": {"weight_map": {"sigma": 1.0}}},
+        )

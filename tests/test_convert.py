@@ -14,7 +14,7 @@ from PIL import Image
 from zarr_images import ramp, validate, write_image
 
 from bigseg import convert as convert_room
-from bigseg import sources, store
+from bigseg import levels, sources, store
 from bigseg.blocks import Region
 from bigseg.convert import convert
 from bigseg.errors import (
@@ -129,26 +129,20 @@ def test_the_pyramid_is_the_mean_or_the_majority_of_the_level_before(
     ],
 )
 def test_levels_halve_until_small_enough(shape: Any, sizes: Any, wanted: Any) -> None:
-    shapes, factors = convert_room._plan_levels(shape, sizes)
-    assert len(shapes) == len(factors) <= convert_room.MAX_LEVELS
+    shapes, factors = levels.plan_levels(shape, sizes)
+    assert len(shapes) == len(factors) <= levels.MAX_LEVELS
     if wanted is not None:
         assert list(shapes) == wanted
-    assert len(shapes) == convert_room.MAX_LEVELS or max(shapes[-1][1:]) <= 128
+    assert len(shapes) == levels.MAX_LEVELS or max(shapes[-1][1:]) <= 128
     for s, f in zip(shapes, factors, strict=True):
         assert all(-(-n // k) == m for n, m, k in zip(shape, s, f, strict=True))
 
 
-def test_large_volumes_are_sharded_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fake:
-        shape = (1000, 2000, 3000)
-        dtype = np.dtype("uint16")
-
-    placed = convert_room._Placed(Fake(), "zyx")  # type: ignore[arg-type]
-    chunk, shard = convert_room._chunks(placed, Fake.dtype)
+def test_large_volumes_are_sharded_in_whole_chunks() -> None:
+    chunk, shard = levels.plan_chunks((1, 1000, 2000, 3000), 2)
     assert chunk == (1, 64, 64, 64)
     assert shard == (1, 256, 256, 256)
-    Fake.shape = (100, 200, 300)
-    assert convert_room._chunks(placed, Fake.dtype) == ((1, 64, 64, 64), None)
+    assert levels.plan_chunks((1, 100, 200, 300), 2) == ((1, 64, 64, 64), None)
 
 
 @pytest.mark.parametrize("depth", [1, 9, 80])
@@ -159,7 +153,7 @@ def test_blocks_of_any_size_give_the_same_volume(
     source = tiff(tmp_path / "a.tif", data, compression="zlib")
     first = convert([source], str(tmp_path / "a.zarr"))
     monkeypatch.setattr(convert_room, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(convert_room, "SHARD_FROM_BYTES", 1)
+    monkeypatch.setattr(levels, "SHARD_FROM_BYTES", 1)
     second = convert([source], str(tmp_path / "b.zarr"))
     assert second.array.shards is not None
     for level in range(first.n_levels):

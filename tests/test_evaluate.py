@@ -186,9 +186,11 @@ def test_scores_are_plain_json_and_a_page_of_text():
     values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert values["adapted_rand_error"]["error"] == found.rand.error
     assert values["average_precision"]["0.50"] == found.average_precision[0.5]
+    assert values["panoptic_quality"]["pq"] == found.panoptic.sq * found.panoptic.rq > 0
     assert values["classes"]["2"]["dice"] == pytest.approx(0.8)
     text = found.as_text()
     assert f"adapted Rand error    {found.rand.error:.4f}" in text
+    assert f"PQ                    {found.panoptic.pq:.4f} (SQ " in text
     assert "pixel accuracy        0.8333" in text
     assert max(map(len, text.splitlines())) <= 100
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -198,6 +200,7 @@ def test_scores_are_plain_json_and_a_page_of_text():
 def test_what_could_not_be_judged_is_null_in_json():
     values = scores([Contingency.of(np.zeros(3, int), np.zeros(3, int))]).as_dict()
     assert values["seg"] is None
+    assert values["panoptic_quality"] == {"pq": None, "sq": None, "rq": None}
     assert values["adapted_rand_error"] == {"error": None, "precision": None, "recall": None}
     assert "nan" not in json.dumps(values).lower()
 

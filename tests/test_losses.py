@@ -19,15 +19,18 @@ def batch(seed: int, n_classes: int = 3, shape: tuple[int, ...] = (2, 5, 7)):
     return torch.from_numpy(logits), torch.from_numpy(target)
 
 
-def reference(logits, target, dice, weights):
+def reference(logits, target, dice, weights, extra=None):
     """The loss in float64, voxel by voxel."""
     logits, target = logits.double().numpy(), target.numpy()
     k = logits.shape[1]
     rows, classes = np.moveaxis(logits, 1, -1).reshape(-1, k), target.reshape(-1)
-    rows, classes = rows[classes >= 0], classes[classes >= 0]
+    counted = classes >= 0
+    rows, classes = rows[counted], classes[counted]
     p = np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
     w = np.ones(k) if weights is None else weights.double().numpy()
     voxel_weights = w[classes]
+    if extra is not None:
+        voxel_weights = voxel_weights + extra.double().numpy().reshape(-1)[counted]
     ce = -(voxel_weights * np.log(p[np.arange(len(p)), classes])).sum() / voxel_weights.sum()
     scores = [
         2 * p[classes == c, c].sum() / (p[:, c].sum() + (classes == c).sum())
@@ -37,13 +40,37 @@ def reference(logits, target, dice, weights):
     return ce + dice * (1 - np.mean(scores))
 
 
-@given(seed=st.integers(0, 1000), dice=st.sampled_from([0.0, 0.5, 2.0]), weighted=st.booleans())
-@settings(max_examples=30, deadline=None)
-def test_loss_equals_the_formula_written_out(seed, dice, weighted):
+@given(
+    seed=st.integers(0, 1000),
+    dice=st.sampled_from([0.0, 0.5, 2.0]),
+    weighted=st.booleans(),
+    mapped=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_loss_equals_the_formula_written_out(seed, dice, weighted, mapped):
     logits, target = batch(seed)
     weights = torch.tensor([0.5, 1.0, 3.0]) if weighted else None
-    loss = segmentation_loss(logits, target, dice=dice, class_weights=weights)
-    assert loss.item() == pytest.approx(reference(logits, target, dice, weights), rel=1e-5)
+    extra = 10 * torch.rand(target.shape, generator=torch.manual_seed(seed)) if mapped else None
+    loss = segmentation_loss(logits, target, dice=dice, class_weights=weights, extra_weights=extra)
+    expected = reference(logits, target, dice, weights, extra)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 3.0])])
+def test_an_extra_weight_of_nothing_changes_nothing(weights):
+    logits, target = batch(8)
+    nothing = torch.zeros(target.shape)
+    plain = segmentation_loss(logits, target, class_weights=weights)
+    found = segmentation_loss(logits, target, class_weights=weights, extra_weights=nothing)
+    torch.testing.assert_close(found, plain)
+
+
+def test_extra_weights_of_ignored_voxels_have_no_influence():
+    logits, target = batch(9)
+    extra = torch.rand(target.shape)
+    other = torch.where(target == IGNORE, 99.0, extra)
+    found = [segmentation_loss(logits, target, extra_weights=e) for e in (extra, other)]
+    assert torch.equal(*found)
 
 
 def test_three_dimensional_batches_give_the_same_loss_as_their_flattened_voxels():
@@ -71,6 +98,8 @@ def test_a_batch_that_is_ignored_wholly_has_loss_and_gradient_zero(weights):
     loss.backward()
     assert loss.item() == 0
     assert torch.all(logits.grad == 0)
+    ignored, extra = torch.full_like(target, IGNORE), torch.ones(target.shape)
+    assert segmentation_loss(logits, ignored, extra_weights=extra).item() == 0
 
 
 def test_the_gradient_is_finite_for_extreme_logits():

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.optimize
 import skimage.metrics
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,12 +15,14 @@ from hypothesis.extra import numpy as hnp
 from bigseg.errors import InputError
 from bigseg.metrics import (
     Contingency,
+    PanopticQuality,
     adapted_rand_error,
     average_precision,
     class_overlaps,
     disjoint_union,
     foreground_overlap,
     n_objects,
+    panoptic_quality,
     pixel_accuracy,
     seg_score,
     variation_of_information,
@@ -208,26 +211,68 @@ def iou(a, b):
     return np.count_nonzero(a & b) / np.count_nonzero(a | b)
 
 
-@given(arrays=pairs())
-@settings(max_examples=60, deadline=None)
-def test_average_precision_equals_counting_matches(arrays):
-    pred, truth = (masks(a) for a in arrays)
+def overlaps(pred, truth):
+    """Intersections and unions of all objects, as two matrices (pred, truth)."""
+    pred, truth = masks(pred), masks(truth)
+    shape = (len(pred), len(truth))
+    both = [np.count_nonzero(p & t) for p in pred.values() for t in truth.values()]
+    either = [np.count_nonzero(p | t) for p in pred.values() for t in truth.values()]
+    return np.reshape(both, shape).astype(int), np.reshape(either, shape).astype(int)
+
+
+def n_assigned(is_met):
+    """The most pairs that a matrix allows, no row and no column twice."""
+    return int(is_met[scipy.optimize.linear_sum_assignment(is_met, maximize=True)].sum())
+
+
+@given(arrays=st.one_of(pairs(), pairs(max_id=9)))
+@settings(max_examples=150)
+def test_average_precision_is_that_of_the_best_assignment(arrays):
+    both, either = overlaps(*arrays)
     found = average_precision(Contingency.of(*arrays))
     assert list(found) == THRESHOLDS
-    for threshold in THRESHOLDS:
-        # 1e-9: 0.55 as a float is a little more than 11/20, and the definition is in fractions
-        met = sum(any(iou(p, t) > threshold + 1e-9 for p in pred.values()) for t in truth.values())
-        n_all = len(pred) + len(truth) - met
+    for twentieths in range(10, 20):
+        met = n_assigned(20 * both >= twentieths * either)
+        n_all = sum(both.shape) - met
         if n_all:
-            assert found[threshold] == pytest.approx(met / n_all)
+            assert found[twentieths / 20] == met / n_all
         else:
-            assert math.isnan(found[threshold])
+            assert math.isnan(found[twentieths / 20])
 
 
-def test_an_overlap_of_exactly_the_threshold_is_no_match():
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_halves_of_an_object_one_meets_it(swapped):
+    whole = np.array([1, 1, 1, 1, 2, 2, 3, 0])
+    halves = np.array([4, 4, 5, 5, 6, 0, 7, 7])
+    sides = (halves, whole) if swapped else (whole, halves)
+    found = average_precision(Contingency.of(*sides))
+    # Met at 0.5: 1 by one of its halves, 2 by half of it, 3 by 7, which is twice as large.
+    assert found[0.5] == 3 / (3 + 4 - 3)
+    assert found[0.55] == 0
+    assert panoptic_quality(Contingency.of(*sides)).rq == 0
+
+
+def test_an_overlap_of_exactly_the_threshold_is_a_match():
     truth, pred = np.ones(20, int), np.array([1] * 11 + [0] * 9)
     found = average_precision(Contingency.of(pred, truth))
-    assert (found[0.5], found[0.55], found[0.6]) == (1.0, 0.0, 0.0)
+    assert (found[0.5], found[0.55], found[0.6]) == (1.0, 1.0, 0.0)
+
+
+@given(arrays=st.one_of(pairs(), pairs(max_id=9)))
+@settings(max_examples=80)
+def test_panoptic_quality_equals_its_formula(arrays):
+    both, either = overlaps(*arrays)
+    found = panoptic_quality(Contingency.of(*arrays))
+    if not sum(both.shape):
+        assert all(map(math.isnan, (found.pq, found.sq, found.rq)))
+        return
+    met = 2 * both > either
+    assert n_assigned(met) == met.sum()
+    ious = both[met] / either[met]
+    n_missed = sum(both.shape) - 2 * len(ious)
+    assert found.pq == pytest.approx(ious.sum() / (len(ious) + n_missed / 2))
+    assert found.rq == pytest.approx(len(ious) / (len(ious) + n_missed / 2))
+    assert found.sq == pytest.approx(ious.mean() if len(ious) else 0)
 
 
 @given(arrays=pairs())
@@ -254,9 +299,9 @@ def test_class_scores_equal_their_formulas(arrays):
     pred, truth = arrays
     table = Contingency.of(pred, truth)
     assert pixel_accuracy(table) == pytest.approx(np.mean(pred == truth))
-    overlaps = class_overlaps(table)
-    assert set(overlaps) == set(np.unique(pred).tolist()) | set(np.unique(truth).tolist())
-    for i, overlap in overlaps.items():
+    by_class = class_overlaps(table)
+    assert set(by_class) == set(np.unique(pred).tolist()) | set(np.unique(truth).tolist())
+    for i, overlap in by_class.items():
         p, t = pred == i, truth == i
         assert overlap.iou == pytest.approx(iou(p, t))
         assert overlap.dice == pytest.approx(2 * np.sum(p & t) / (np.sum(p) + np.sum(t)))
@@ -296,6 +341,7 @@ def test_a_perfect_prediction_scores_best():
     assert voi.total == pytest.approx(0, abs=1e-12)
     assert seg_score(table) == 1
     assert set(average_precision(table).values()) == {1.0}
+    assert panoptic_quality(table) == PanopticQuality(sq=1.0, rq=1.0)
 
 
 def test_objects_of_one_voxel_have_no_pairs_and_no_error():
@@ -307,6 +353,7 @@ def test_nothing_to_judge_gives_nan():
     nothing = Contingency.of(np.zeros(4, int), np.zeros(4, int))
     assert math.isnan(adapted_rand_error(nothing).error)
     assert math.isnan(seg_score(nothing))
+    assert math.isnan(panoptic_quality(nothing).pq)
     assert all(math.isnan(v) for v in average_precision(nothing).values())
     assert math.isnan(variation_of_information(Contingency.empty()).total)
     assert math.isnan(pixel_accuracy(Contingency.empty()))
@@ -320,6 +367,7 @@ def test_pairs_of_huge_objects_do_not_overflow():
     rand = adapted_rand_error(huge + huge)
     assert (rand.error, rand.precision) == (0, 1)
     assert average_precision(huge)[0.95] == 1.0
+    assert panoptic_quality(huge).pq == 1.0
 
 
 def test_arrays_that_are_no_labels_are_refused():

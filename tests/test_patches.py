@@ -16,6 +16,7 @@ from bigseg.config import AugmentConfig, NormConstants, TrainConfig
 from bigseg.errors import InputError
 from bigseg.patches import PatchPlan, PatchSampler, PatchSource
 from bigseg.targets import IGNORE
+from bigseg.weightmap import LEVELS
 
 PLAIN = AugmentConfig(
     flip=False,
@@ -77,7 +78,7 @@ def places(batch, shape):
 
 @pytest.mark.parametrize("augment", [PLAIN, AugmentConfig(elastic_grid_vox=8)])
 def test_a_patch_depends_on_seed_step_rank_and_number_alone(volume_url, augment):
-    sources = [source_of(volume_url, task="boundary")]
+    sources = [source_of(volume_url, task="instances")]
     sampler = PatchSampler(sources, plan_of(augment=augment))
     first = sampler.batch(7, rank=1)
     sampler.batch(8)
@@ -92,7 +93,7 @@ def test_a_patch_depends_on_seed_step_rank_and_number_alone(volume_url, augment)
 
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_reading_ahead_changes_nothing(volume_url, n_threads):
-    sampler = PatchSampler([source_of(volume_url, task="boundary")], plan_of())
+    sampler = PatchSampler([source_of(volume_url, task="instances")], plan_of())
     before = torch.get_num_threads()
     stream = list(sampler.stream(range(3, 9), rank=1, n_threads=n_threads))
     assert [b.step for b in stream] == list(range(3, 9))
@@ -100,7 +101,7 @@ def test_reading_ahead_changes_nothing(volume_url, n_threads):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("task", ["boundary", "semantic"])
+@pytest.mark.parametrize("task", ["instances", "semantic"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_patches_from_memory_equal_patches_from_zarr(volume_url, task, dims):
     region = Region((0, 3, 5, 0), (1, 9, 40, 30))
@@ -118,6 +119,72 @@ def test_patches_from_memory_equal_patches_from_zarr(volume_url, task, dims):
     assert memory.is_resident
     assert not zarr.is_resident
     assert all(equal(memory.batch(step), zarr.batch(step)) for step in range(12))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_weight_map_changes_neither_image_nor_target(volume_url, dims):
+    shapes = ((20, 20), (12, 12)) if dims == 2 else ((12, 20, 20), (4, 12, 12))
+    plan = plan_of(*shapes, augment=AugmentConfig(elastic_grid_vox=8))
+    with_map, without = (
+        source_of(volume_url, dims=dims, task="instances", loss={"weight_map": rule})
+        for rule in ({"sigma_um": 1.5}, None)
+    )
+    batch, plain = PatchSampler([with_map], plan).batch(3), PatchSampler([without], plan).batch(3)
+    assert equal(batch, plain)
+    assert plain.closeness is None
+    assert batch.closeness.shape == batch.target.shape
+    assert 0 < batch.closeness.max() <= 1
+    from_zarr = PatchSampler([with_map], plan, budget_bytes=0).batch(3)
+    assert torch.equal(from_zarr.closeness, batch.closeness)
+
+
+def test_closeness_comes_from_where_the_target_comes_from(volume_url):
+    source = source_of(volume_url, task="instances", loss={"weight_map": {"sigma_um": 2.0}})
+    whole = source.annotated.closeness(Region.of_shape(source.volume.shape), dims=3)[0]
+    batch = PatchSampler([source], plan_of(batch=6)).batch(0)
+    for start, close in zip(places(batch, whole.shape), batch.closeness.numpy(), strict=True):
+        box = tuple(slice(a, a + n) for a, n in zip(start, close.shape, strict=True))
+        np.testing.assert_array_equal(close * LEVELS, whole[box])
+
+
+def test_closeness_is_turned_with_the_target(tmp_path):
+    image, labels = blobs((16, 16), n=6)
+    url = write_annotated(str(tmp_path / "a"), image, labels, "yx")
+    source = source_of(url, dims=2, task="instances", loss={"weight_map": {"sigma_um": 2.0}})
+    everywhere = Region.of_shape(source.volume.shape)
+    classes = source.annotated.target(everywhere, dims=2, n_classes=3)[0, 0]
+    close = source.annotated.closeness(everywhere, dims=2)[0, 0]
+    turned = AugmentConfig(**{**PLAIN.model_dump(), "flip": True, "rotate90": True})
+    batch = PatchSampler([source], plan_of((16, 16), (16, 16), augment=turned, batch=8)).batch(0)
+    symmetries = [
+        lambda a, k=k, flip=flip: np.rot90(a[::-1] if flip else a, k)
+        for k in range(4)
+        for flip in (False, True)
+    ]
+    seen = set()
+    for target, found in zip(batch.target.numpy(), batch.closeness.numpy(), strict=True):
+        fitting = [i for i, s in enumerate(symmetries) if np.array_equal(s(classes), target)]
+        assert len(fitting) == 1
+        np.testing.assert_array_equal(symmetries[fitting[0]](close), found * LEVELS)
+        seen.add(fitting[0])
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_closeness_does_not_depend_on_the_patch(volume_url, dims):
+    source = source_of(volume_url, dims=dims, task="instances", loss={"weight_map": {}})
+    annotated = source.annotated
+    whole = annotated.closeness(Region.of_shape(source.volume.shape), dims=dims)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        start = [0, *(int(rng.integers(0, n - 2)) for n in (16, 40, 36))]
+        stop = [1, *(int(rng.integers(a + 1, n + 1)) for a, n in zip(start[1:], (16, 40, 36)))]  # noqa: B905
+        region = Region(tuple(start), tuple(stop))
+        part = annotated.closeness(region, dims=dims)
+        np.testing.assert_array_equal(part, whole[region.slices])
+    outside = annotated.closeness(Region((0, -2, -3, 30), (1, 9, 9, 40)), dims=dims)
+    np.testing.assert_array_equal(outside[:, 2:, 3:, :6], whole[:, :9, :9, 30:])
+    assert not outside[:, :2].any()
 
 
 def test_image_and_target_of_a_patch_come_from_the_same_place(volume_url):
@@ -172,7 +239,7 @@ def test_labels_of_the_validation_region_are_never_learned(volume_url, budget_by
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_border_targets_do_not_depend_on_the_patch(volume_url, dims):
-    source = source_of(volume_url, dims=dims, task="boundary", border_vox=3)
+    source = source_of(volume_url, dims=dims, task="instances", border_um=3)
     annotated = source.annotated
     whole = annotated.target(Region.of_shape(source.volume.shape), dims=dims, n_classes=3)
     rng = np.random.default_rng(0)
@@ -260,7 +327,7 @@ def test_values_that_are_not_finite_are_the_offset_as_when_segmenting(tmp_path):
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop(volume_url, monkeypatch):
-    sampler = PatchSampler([source_of(volume_url, task="boundary")], plan_of())
+    sampler = PatchSampler([source_of(volume_url, task="instances")], plan_of())
     make = sampler.batch
 
     def failing(step, rank):

@@ -18,10 +18,9 @@ from bigseg.config import NormConstants, NormRule, UNetSpec
 from bigseg.engine import EngineSpec
 from bigseg.errors import InputError, UsageError
 from bigseg.model import footprint
-from bigseg.plan import Plan
+from bigseg.plan import Plan, stage_grids
 from bigseg.planner import make_plan
 from bigseg.segment import prepare
-from bigseg.stages import stage_grids
 from bigseg.volume import open_volume
 
 TWO_D = UNetSpec.build(2, out_channels=2, depth=2, width=2)

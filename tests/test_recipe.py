@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from training_data import blobs, write_annotated
 from zarr_images import ramp
 
-from bigseg.config import NormRule, TrainConfig
+from bigseg.blocks import Region
+from bigseg.config import InstanceRule, NormRule, TrainConfig
 from bigseg.errors import ConfigError, InputError
 from bigseg.model import footprint
 from bigseg.recipe import Recipe, differences, make_recipe
@@ -123,8 +125,8 @@ def test_classes_come_from_the_labels(image_at):
     )
     assert recipe_of(image_at((6, 60, 60))).card.classes == ("background", "foreground")
     _, cells = blobs((6, 60, 60))
-    boundary = recipe_of(image_at((6, 60, 60), labels=cells), task="boundary")
-    assert boundary.card.classes == ("background", "inside", "border")
+    objects = recipe_of(image_at((6, 60, 60), labels=cells), task="instances")
+    assert objects.card.classes == ("background", "inside", "border")
 
 
 def test_balanced_weights_are_those_of_the_voxels_to_learn_from(image_at):
@@ -146,6 +148,60 @@ def test_annotated_voxels_weigh_the_images(image_at):
     assert [s.n_annotated for s in recipe.sources] == [8 * 60 * 60, 8 * 30 * 60]
 
 
+def test_images_that_are_validated_on_whole_are_learned_nowhere(image_at):
+    learned, held = [image_at((6, 60, 70)), image_at((50, 60), "yx")], image_at((6, 40, 30))
+    recipe = recipe_of(*learned, val_images=(held,), patch=(68, 68), dims=2)
+    assert [s.url for s in recipe.sources] == [*learned, held]
+    of_a_folder = recipe_of(held, *learned, val_images=(held,), patch=(68, 68), dims=2)
+    assert of_a_folder.sources == recipe.sources
+    assert [s.train.shape for s in recipe.sources] == [(1, 6, 60, 70), (1, 1, 50, 60), (0,) * 4]
+    assert [(s.url, part) for s, part in recipe.validated] == [
+        (held, Region((0, 0, 0, 0), (1, 6, 40, 30)))
+    ]
+    assert [s.n_annotated for s in recipe.sources] == [6 * 60 * 70, 50 * 60, 0]
+    only = [s.constants for s in recipe.sources[:2]]
+    assert recipe.card.norm_constants.n_voxels == sum(c.n_voxels for c in only)
+    # Its image is smaller than the patch; nothing of the held out one is among the voxels.
+    batch = recipe.sampler(torch.device("cpu")).batch(0)
+    assert batch.target.shape[1:] == (68, 68)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_region": "4:6,:,:"}, r"val_region: 4:6,:,: together with 1 val_images, which are"),
+        ({"val_images": None}, r"val_images: they hold .*0\.zarr and all other images, which leav"),
+    ],
+)
+def test_what_is_validated_on_is_said_once_and_not_learned(image_at, settings, message):
+    url, other = image_at((6, 60, 60)), image_at((6, 60, 60))
+    chosen = {"val_images": (other,), **settings}
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(url, **{**chosen, "val_images": chosen["val_images"] or (url,)})
+
+
+def test_held_out_images_without_annotation_are_refused(image_at):
+    labels = np.full((6, 60, 60), 9, np.uint8)
+    held = image_at((6, 60, 60), labels=labels)
+    with pytest.raises(InputError, match="no voxel of the val_images is annotated in 'cells'"):
+        recipe_of(image_at((6, 60, 60)), val_images=(held,), ignore=9)
+
+
+def test_a_weight_map_needs_objects(image_at):
+    with pytest.raises(
+        ConfigError, match=r"loss\.weight_map with task: semantic, whose labels are"
+    ):
+        recipe_of(image_at((6, 60, 60)), loss={"weight_map": {}})
+
+
+def test_a_model_of_instances_has_a_rule_from_the_start(image_at):
+    _, cells = blobs((6, 60, 60))
+    assert recipe_of(image_at((6, 60, 60), labels=cells), task="instances").card.instances == (
+        InstanceRule()
+    )
+    assert recipe_of(image_at((6, 60, 60))).card.instances is None
+
+
 def test_the_card_holds_the_middle_of_the_normalisations(image_at):
     urls = [image_at((6, 60, 60)) for _ in range(3)]
     recipe = recipe_of(*urls, norm={"kind": "percentile", "low": 5, "high": 95})
@@ -164,8 +220,8 @@ def test_the_card_holds_the_middle_of_the_normalisations(image_at):
         ),
         ({"classes": ("one",)}, r"classes: 1 names for labels with values up to 1: give 2 names"),
         (
-            {"task": "boundary", "classes": ("a", "b", "c")},
-            r"classes: \['a', 'b', 'c'\] with task: boundary, whose classes are background",
+            {"task": "instances", "classes": ("a", "b", "c")},
+            r"classes: \['a', 'b', 'c'\] with task: instances, whose classes are background",
         ),
     ],
 )
@@ -192,7 +248,7 @@ def test_labels_of_one_value_are_refused(image_at):
     with pytest.raises(InputError, match="hold only the value 1 in the training region"):
         recipe_of(url)
     with pytest.raises(InputError, match="hold no object in the training region"):
-        recipe_of(image_at((6, 60, 60), labels=np.zeros((6, 60, 60), np.uint8)), task="boundary")
+        recipe_of(image_at((6, 60, 60), labels=np.zeros((6, 60, 60), np.uint8)), task="instances")
 
 
 def test_regions_without_annotation_are_refused(image_at):

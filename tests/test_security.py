@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore, StorePath
 
 from bigseg import guards
 from bigseg.checkpoint import hash_model, load_model, load_state, read_card
-from bigseg.config import SegmentConfig, TrainConfig, UNetSpec, load_train_config, parse_settings
+from bigseg.config import SegmentConfig, TrainConfig, UNetSpec, load_train_config
 from bigseg.errors import (
     ConfigError,
     ModelFileError,
@@ -34,6 +34,7 @@ from bigseg.errors import (
 from bigseg.ledger import Ledger
 from bigseg.progress import NullProgress
 from bigseg.segment import segment_serially
+from bigseg.settings import parse_settings
 
 SERIAL = ("--executor", "serial")
 SPEC = UNetSpec.build(2, out_channels=2, depth=1, width=4)
@@ -104,7 +105,7 @@ def test_a_run_folder_of_pickles_is_not_loaded(canary, tmp_path):
     args = ["train", url, "--labels", "cells", "--out", tmp_path / "run", "--executor", "serial"]
     args += ["--dims", 2, "--steps", 2, "--val-region", "1:2,:,:"]
     config = tmp_path / "c.yaml"
-    config.write_text("net: {depth: 1, width: 4}\npatch: [16, 16]\nbatch: 1\ntask: boundary\n")
+    config.write_text("net: {depth: 1, width: 4}\npatch: [16, 16]\nbatch: 1\ntask: instances\n")
     assert run(*args, "-c", config)[0] == 0
     (tmp_path / "run" / "model.safetensors").unlink()
     for _, pickled in pickles(canary):

@@ -66,7 +66,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(tmp_path, image, model
         main(["segment", {image!r}, "--model", {model!r}, "--workers", "1", "-v"],
              standalone_mode=False)
         main(["train", {url!r}, "--labels", "cells", "--out", {str(tmp_path / "run")!r}, "-c",
-              {str(tmp_path / "c.yaml")!r}, "--steps", "2", "--dims", "2", "--task", "boundary",
+              {str(tmp_path / "c.yaml")!r}, "--steps", "2", "--dims", "2", "--task", "instances",
               "--val-region", "1:2,:,:", "-v"], standalone_mode=False)
     """
     result = subprocess.run(

@@ -50,7 +50,7 @@ def levels_of(url):
 def test_labels_are_the_most_probable_class_and_the_first_of_equals(n_classes, dtype):
     # Few different values, so that ties are frequent.
     data = np.random.default_rng(3).integers(0, 4, (n_classes, 1, 3, 5, 7)).astype(np.float32)
-    found = Encoding(labels=True, dtype=np.dtype(dtype))(data)
+    found = Encoding("labels", np.dtype(dtype))(data)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, data.argmax(axis=0, keepdims=True))
 

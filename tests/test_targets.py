@@ -188,7 +188,7 @@ def test_labels_beyond_the_classes_are_named():
 
 
 def test_class_names_fit_the_task():
-    assert class_names("boundary") == ("background", "inside", "border")
+    assert class_names("instances") == ("background", "inside", "border")
     assert class_names("semantic") == ("background", "foreground")
     for n in itertools.chain(range(1, 5)):
         assert len(set(class_names("semantic", n))) == n

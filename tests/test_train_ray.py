@@ -77,6 +77,18 @@ def test_a_killed_worker_is_replaced_and_training_goes_on(one_ray, tmp_path, mon
     assert again.first_step == 24
 
 
+def test_two_workers_learn_objects_by_a_weight_map_and_choose_a_rule(one_ray, tmp_path):
+    pairs = [blobs((40, 40), seed=seed, n=10) for seed in range(5)]
+    image, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+    url = write_annotated(str(tmp_path / "b.zarr"), image, labels, "zyx")
+    changes = {"images": (url,), "steps": 3, "task": "instances", "loss": {"weight_map": {}}}
+    config = TrainConfig(**{**config_of(tmp_path).model_dump(), **changes})
+    result = train(config, str(tmp_path / "run"))
+    _, card = load_model(result.model_url)
+    assert card.trained["instances"]["n_objects"] == len(np.unique(labels[4])) - 1
+    assert result.instances.startswith("objects: threshold ")
+
+
 @pytest.mark.slow
 def test_an_error_of_bigseg_in_a_worker_comes_out_as_it_is(one_ray, tmp_path):
     def fail(rank, step):

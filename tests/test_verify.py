@@ -24,11 +24,11 @@ from bigseg.errors import (
 from bigseg.ledger import Ledger, checksum_of
 from bigseg.lock import Lock
 from bigseg.places import SerialExecutor
-from bigseg.plan import PREDICT
+from bigseg.plan import PREDICT, stage_grids
 from bigseg.progress import NullProgress
+from bigseg.pyramid_stage import PyramidStage
 from bigseg.seams import Reference
 from bigseg.segment import prepare, segment_serially
-from bigseg.stages import PyramidStage, stage_grids
 from bigseg.transform import load_transform
 from bigseg.verify import verify
 from bigseg.volume import open_volume

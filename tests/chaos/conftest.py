@@ -52,6 +52,13 @@ LONG = (
     "between the journal and its name",
     "between the model and its name",
     "at_any_moment_goes_on_with_the_same_command[before it is listed]",
+    "test_a_change_of_rule_killed_while_it_deletes",
+    "while_it_makes_objects_goes_on[between a file",
+    "while_it_makes_objects_goes_on[between the file",
+    "while_it_makes_objects_goes_on[between labels",
+    "while_it_makes_objects_goes_on[between the table",
+    "while_it_makes_objects_goes_on[between the list",
+    "while_it_makes_objects_goes_on[before the arrays",
 )
 
 

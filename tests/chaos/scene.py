@@ -129,11 +129,21 @@ class Scene:
         self.root, self.faults = root, faults
         self.image, self.out = root / "image.zarr", root / "image.zarr" / "labels" / NAME
         self._pristine = root / "pristine.zarr"
-        write_image(self._pristine, noise(SHAPE), chunks=TILE, n_levels=3)
-        spec = UNetSpec.build(3, out_channels=3, depth=1, width=4)
-        self.model = write_model(root / "model.safetensors", spec)[1]
+        self.model = ""
+        self._make()
         self._running: list[Running] = []
         self._truth: dict[str, bytes] | None = None
+
+    def _make(self) -> None:
+        """The image as it is before it is segmented, and the model."""
+        write_image(self._pristine, noise(SHAPE), chunks=TILE, n_levels=3)
+        spec = UNetSpec.build(3, out_channels=3, depth=1, width=4)
+        self.model = write_model(self.root / "model.safetensors", spec)[1]
+
+    def _check_truth(self, labels: np.ndarray) -> None:
+        """Refuse a truth that nothing could be lost of."""
+        assert len(np.unique(labels)) == 3, "the result must have something to lose"
+        assert sum(len(m) for m in marks_of(self.out).values()) > N_BLOCKS
 
     def fresh(self) -> None:
         """The image without labels, no faults, and no command running."""
@@ -176,9 +186,7 @@ class Scene:
             ended, _ = here(self.serial())
             assert ended.code == 0, ended.said
             self._truth = files_of(self.image)
-            labels = zarr.open_array(str(self.out / "0"), mode="r")[:]
-            assert len(np.unique(labels)) == 3, "the result must have something to lose"
-            assert sum(len(m) for m in marks_of(self.out).values()) > N_BLOCKS
+            self._check_truth(np.asarray(zarr.open_array(str(self.out / "0"), mode="r")[:]))
             self.fresh()
         return self._truth
 

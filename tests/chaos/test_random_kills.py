@@ -16,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_ray")
 class KillLater:
     """Kills workers in the middle of a run that goes on in this process."""
 
-    def __init__(self, faults: Faults, chance, n_workers: int) -> None:
+    def __init__(self, faults: Faults, chance, n_workers: int, *, n_blocks=N_BLOCKS) -> None:
         self._faults, self._chance, self._n = faults, chance, n_workers
+        self._n_blocks = n_blocks
         self._thread = threading.Thread(target=self._kill, daemon=True)
         self.killed: list[int] = []
 
@@ -29,7 +30,7 @@ class KillLater:
         self._thread.join(60)
 
     def _kill(self):
-        wait_for_blocks(self._faults, self._chance.randrange(2, N_BLOCKS - 8))
+        wait_for_blocks(self._faults, self._chance.randrange(2, self._n_blocks - 8))
         threading.Event().wait(self._chance.uniform(0, 0.2))
         wait_until(lambda: len(self._faults.pids_at_work()) >= self._n, within_s=20, what="workers")
         pids = self._faults.pids_at_work()

@@ -1,0 +1,198 @@
+"""The stages that end in the labels: growth, and where asked the filling of holes.
+
+codes, ids and numbers of the core and a margin ──grow──> labels, sums of the objects
+or ──> labels before holes are filled
+labels of the core and a margin ──> the background in pieces, and what encloses each
+labels, pieces and what they become ──> labels, sums of the objects
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bigseg import scratch
+from bigseg.borders import touching
+from bigseg.faces import describe
+from bigseg.filling import SourceVolume
+from bigseg.instances import FOREGROUND_BIT, Steps, components, grow, owners_of
+from bigseg.ledger import checksum_of
+from bigseg.objects import ObjectSums, sums_of
+from bigseg.packing import pack, unpack
+from bigseg.plan import CLOSE, HOLES, NUMBER, OBJECTS, Plan
+from bigseg.scratch import BlockFiles
+from bigseg.seed_stages import CodeReader, adjacency_of, widened
+from bigseg.thread_stage import ThreadStage
+from bigseg.volume import open_volume
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bigseg.blocks import Block, Region
+
+# Blocks whose numbers are kept: those around the ones that are grown side by side.
+KEPT_NUMBERS = 256
+NUMBERS = "numbers"
+
+
+class LabelStage(ThreadStage):
+    """What writes the labels of the result and the sums of their objects."""
+
+    def __init__(self, plan: Plan, n_threads: int) -> None:
+        super().__init__(plan.grid, n_threads)
+        self.plan, self.parts = plan, plan.clipped_grid
+        self.output = open_volume(plan.output.url)
+        source = open_volume(plan.source.url, level=plan.source.level)
+        self._source = SourceVolume.of(source, plan.on_bad_chunk)
+        self._sums = BlockFiles.of(plan, OBJECTS)
+
+    def write(self, block: Block, result: NDArray[np.uint64]) -> int:
+        """Write labels (t, z, y, x) of the core and the sums of their objects."""
+        values = result.astype(self.output.dtype)
+        core = self.parts[block.index].core
+        inner = values[core.relative_to(block.core.start).slices]
+        if values.any():
+            image = self._source.read(core, range(self._source.n_channels))
+            sums = sums_of(inner, image, core)
+        else:
+            sums = ObjectSums.empty(self._source.n_channels, self._source.dtype)
+        data = sums.to_bytes()
+        self._sums.write(block.index, data)
+        self.output.write(block.core, values[np.newaxis])
+        self.written.add(values.nbytes + len(data))
+        return checksum_of(np.ascontiguousarray(values[np.newaxis]).data)
+
+
+class GrowStage(LabelStage):
+    """The labels of a core: seeds by their final numbers, grown within the foreground."""
+
+    def __init__(self, plan: Plan, n_threads: int) -> None:
+        super().__init__(plan, n_threads)
+        assert plan.instances is not None
+        self._rule = plan.instances.rule
+        self._steps = Steps(plan.instances.ratios)
+        self._codes = CodeReader(plan)
+        self._ids = open_volume(scratch.array_url(plan, scratch.IDS))
+        self._numbers = functools.lru_cache(KEPT_NUMBERS)(functools.partial(read_numbers, plan))
+        self._grown = None
+        if self._rule.fill_holes:
+            self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
+
+    def read(self, block: Block) -> NDArray[np.uint64]:
+        """The labels (t, z, y, x) of the core; 0 outside the plan's region."""
+        core = self.parts[block.index].core
+        margin = self._steps.reach_vox(self._rule.grow)
+        around = core.grow(margin, margin).intersect(self.plan.region)
+        seeds = self._seeds(around)
+        if not seeds.any():
+            return np.zeros(block.core.shape, np.uint64)
+        codes = self._codes.read(around)
+        self.fetched.add(codes.nbytes + seeds.nbytes)
+        labels = grow(seeds, (codes & FOREGROUND_BIT) != 0, self._rule.grow, self._steps)
+        return widened(labels[core.relative_to(around.start).slices], core, block.core)
+
+    def write(self, block: Block, result: NDArray[np.uint64]) -> int:
+        """Write the labels: as the result, or where holes are filled in it first."""
+        if self._grown is None:
+            return super().write(block, result)
+        values = result.astype(self._grown.dtype)[np.newaxis]
+        self._grown.write(block.core, values)
+        self.written.add(values.nbytes)
+        return checksum_of(np.ascontiguousarray(values).data)
+
+    def _seeds(self, region: Region) -> NDArray[np.uint64]:
+        """Seeds (t, z, y, x) by their numbers, from all blocks that have a part of the region."""
+        ids = self._ids.read(region)[0]
+        seeds = np.zeros(ids.shape, np.uint64)
+        for number in touching(self.grid, region):
+            part = self.grid[number].core.intersect(region).relative_to(region.start).slices
+            if ids[part].any():
+                table = np.concatenate([np.zeros(1, np.uint64), self._numbers(NUMBER, number)])
+                seeds[part] = table[ids[part]]
+        return seeds
+
+
+class HolesStage(ThreadStage):
+    """The background of a core in pieces, numbered by themselves, and what is beside each."""
+
+    def __init__(self, plan: Plan, n_threads: int) -> None:
+        super().__init__(plan.grid, n_threads)
+        assert plan.instances is not None
+        self._plan, self._parts, self._dims = plan, plan.clipped_grid, plan.instances.dims
+        self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
+        self._gaps = open_volume(scratch.array_url(plan, scratch.GAPS))
+        self._files = BlockFiles.of(plan, HOLES)
+        self._adjacency = adjacency_of(plan, HOLES)
+
+    def read(self, block: Block) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
+        """Ids (t, z, y, x) of the pieces of the core, and the label beside each."""
+        core = self._parts[block.index].core
+        margin = (0,) * (4 - self._dims) + (1,) * self._dims
+        around = core.grow(margin, margin).intersect(self._plan.region)
+        labels = self._grown.read(around)[0]
+        self.fetched.add(labels.nbytes)
+        within = core.relative_to(around.start).slices
+        ids = np.zeros(labels.shape, np.uint32)
+        ids[within], n = components(
+            np.ascontiguousarray(labels[within] == 0), dims=self._dims, connectivity=1
+        )
+        owners = owners_of(ids, n, labels, dims=self._dims, ends=self._ends(around))
+        return ids[within], owners
+
+    def write(self, block: Block, result: tuple[NDArray[np.uint32], NDArray[np.uint64]]) -> int:
+        """Write the ids and the file of the block."""
+        ids, owners = result
+        core = self._parts[block.index].core
+        shape, axes = self._plan.source.shape, self._adjacency.axes
+        data = describe(ids, core, shape, axes=axes, owners=owners).to_bytes()
+        self._gaps.write(block.core, widened(ids, core, block.core)[np.newaxis])
+        self._files.write(block.index, data)
+        self.written.add(ids.nbytes + len(data))
+        return checksum_of(data)
+
+    def _ends(self, region: Region) -> set[tuple[int, int]]:
+        """The sides (axis, 0 or 1) on which a region ends with the plan's."""
+        whole = self._plan.region
+        axes = range(4 - self._dims, 4)
+        starts = {(axis, 0) for axis in axes if region.start[axis] == whole.start[axis]}
+        return starts | {(axis, 1) for axis in axes if region.stop[axis] == whole.stop[axis]}
+
+
+class FillStage(LabelStage):
+    """The labels of a core with holes filled."""
+
+    def __init__(self, plan: Plan, n_threads: int) -> None:
+        super().__init__(plan, n_threads)
+        self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
+        self._gaps = open_volume(scratch.array_url(plan, scratch.GAPS))
+
+    def read(self, block: Block) -> NDArray[np.uint64]:
+        """The labels (t, z, y, x) of the core."""
+        labels = self._grown.read(block.core)[0].astype(np.uint64)
+        gaps = self._gaps.read(block.core)[0]
+        self.fetched.add(labels.nbytes + gaps.nbytes)
+        becomes = np.concatenate(
+            [np.zeros(1, np.uint64), read_numbers(self.plan, CLOSE, block.index)]
+        )
+        filled: NDArray[np.uint64] = labels + becomes[gaps]
+        return filled
+
+
+def read_numbers(plan: Plan, kind: str, block: int) -> NDArray[np.uint64]:
+    """What the components 1, 2, ... of a block are in the result, 0 for nothing.
+
+    Raises:
+        OutputError: the file is gone or damaged.
+    """
+    data = BlockFiles.of(plan, kind).read(block)
+    # A component has at least a voxel.
+    most_bytes = 8 * plan.clipped_grid[block].core.n_voxels
+    numbers: NDArray[np.uint64] = unpack(data, NUMBERS, most_bytes=most_bytes)[NUMBERS]
+    return numbers
+
+
+def pack_numbers(numbers: NDArray[np.uint64]) -> bytes:
+    """What `read_numbers` reads."""
+    return pack(NUMBERS, {NUMBERS: numbers})

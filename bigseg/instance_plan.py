@@ -1,0 +1,97 @@
+"""What a plan says of instances: whether they are asked for, the rule, how scratch space is cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from bigseg.config import InstanceRule
+from bigseg.errors import UsageError
+from bigseg.plan import InstancePlan
+
+if TYPE_CHECKING:
+    from bigseg.blocks import Vec
+    from bigseg.config import ModelCard, RuleOptions, SegmentConfig
+    from bigseg.volume import Volume
+
+Kind = Literal["labels", "probabilities", "instances"]
+
+# What a neighbour decodes too much of for a margin of a few voxels stays small.
+SCRATCH_SIDE = {2: 128, 3: 32}
+
+
+def kind_of(config: SegmentConfig, card: ModelCard) -> Kind:
+    """What the user asked for, else what the model was trained for."""
+    return config.output or ("instances" if card.task == "instances" else "labels")
+
+
+def predicted_type(config: SegmentConfig, card: ModelCard) -> tuple[str, int]:
+    """Type and number of channels of what the predict stage writes."""
+    n_classes, kind = card.spec.out_channels, kind_of(config, card)
+    if kind == "probabilities":
+        return config.prob_dtype, n_classes
+    if kind == "instances":
+        return "uint8", n_classes if config.keep_probabilities else 1
+    return "uint8" if n_classes <= 256 else "uint16", 1
+
+
+def plan_instances(
+    config: SegmentConfig, card: ModelCard, source: Volume, core: Vec
+) -> InstancePlan | None:
+    """How the objects of an image are made; None where they are not asked for.
+
+    Raises:
+        UsageError: the rule does not fit the image or the network, or there are no objects.
+    """
+    if kind_of(config, card) != "instances":
+        _refuse(config, kind_of(config, card))
+        return None
+    dims = card.spec.dims
+    size = source.scale[-dims:]
+    sides = [SCRATCH_SIDE[dims] if axis >= 4 - dims else 1 for axis in range(4)]
+    plan = InstancePlan(
+        rule=card.instances or InstanceRule(),
+        dims=dims,
+        ratios=tuple(s / min(size) for s in size),
+        keep_probabilities=config.keep_probabilities,
+        chunk=tuple(_divisor(c, side) for c, side in zip(core, sides, strict=True)),
+    )
+    return with_rule(plan, config.rule, source)
+
+
+def with_rule(plan: InstancePlan, options: RuleOptions, source: Volume) -> InstancePlan:
+    """The same with another rule.
+
+    Raises:
+        UsageError: the rule does not fit the image or the network.
+    """
+    rule = options.applied_to(plan.rule)
+    if rule.connectivity > plan.dims:
+        raise UsageError(
+            "--connectivity 26: a network that sees planes has neighbours across the faces or "
+            "corners of a pixel: choose 4 or 8"
+        )
+    if rule.link == "z" and plan.dims == 3:
+        raise UsageError("--link z: a 3-D network sees all planes together: leave it out")
+    lengths = {"t": source.shape[0], "z": source.shape[1]}
+    if rule.link is not None and lengths[rule.link] == 1:
+        raise UsageError(
+            f"--link {rule.link}: {source.url} has nothing to join along {rule.link}: leave it out"
+        )
+    return plan.model_copy(update={"rule": rule})
+
+
+def _refuse(config: SegmentConfig, kind: str) -> None:
+    """Options that say nothing of what is asked for."""
+    given = [*config.rule.model_dump(exclude_none=True)]
+    given += ["keep_probabilities"] if config.keep_probabilities else []
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} says how objects are made, and {kind} are asked for: "
+            "leave it out, or add --output instances"
+        )
+
+
+def _divisor(length: int, wanted: int) -> int:
+    """The divisor of a length that is nearest to `wanted`, by their ratio."""
+    divisors = (d for d in range(1, length + 1) if length % d == 0)
+    return min(divisors, key=lambda d: max(d / wanted, wanted / d))

@@ -1,0 +1,142 @@
+"""What instances need until they are done, beside the output: arrays, and small files of blocks.
+
+    OUT/
+      probabilities/        an image, in 255ths; only where they are kept
+      scratch/              goes when the result is finished
+        codes/              inside and foreground; where no probabilities are kept
+        ids/                seeds, numbered in each block by itself
+        grown/ gaps/        where holes are filled: labels before that, and the background by itself
+        seeds/ pairs/ ...   a file for each block
+
+Each array has one level, in shards of a core, so that a block is one object, and small chunks, so
+that a neighbour that reads a margin decodes little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bigseg import layout, store
+from bigseg.errors import InputError, InputNotFoundError, OutputError
+from bigseg.layout import OutputSpec
+from bigseg.volume import Volume, open_volume
+
+if TYPE_CHECKING:
+    from bigseg.plan import Plan
+
+CODES, IDS, GROWN, GAPS = "codes", "ids", "grown", "gaps"
+# Directories of more files than this become slow to list and to write.
+FILES_A_FOLDER = 1000
+MAX_FILE_BYTES = 4 << 30
+
+
+def scratch_url(plan: Plan) -> str:
+    """Where the scratch space of a plan lies."""
+    return store.join(plan.output.url, "scratch")
+
+
+def array_url(plan: Plan, name: str) -> str:
+    """Where one of its arrays lies."""
+    return store.join(scratch_url(plan), name)
+
+
+def predicted_url(plan: Plan) -> str:
+    """Where the predict stage writes: the output itself, or what instances are made from."""
+    if plan.instances is None:
+        return plan.output.url
+    if plan.instances.keep_probabilities:
+        return store.join(plan.output.url, "probabilities")
+    return array_url(plan, CODES)
+
+
+def create_scratch(plan: Plan) -> None:
+    """The arrays that the stages before growing write, empty; those that are there stay.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    assert plan.instances is not None
+    if not store.exists(scratch_url(plan)):
+        store.make_group(scratch_url(plan), zarr_format=3)
+    names = plan.output.class_names if plan.instances.keep_probabilities else ()
+    create_array(plan, predicted_url(plan), "uint8", channel_names=names)
+    create_array(plan, array_url(plan, IDS), "uint32")
+
+
+def create_array(
+    plan: Plan, url: str, dtype: str, *, channel_names: tuple[str, ...] = ()
+) -> Volume:
+    """One array with the extent of the segmented level; the one that is there stays.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        return open_volume(url)
+    except InputError:
+        pass
+    assert plan.instances is not None
+    source = open_volume(plan.source.url, level=plan.source.level)
+    provenance = {"fingerprint": plan.fingerprint}
+    spec = OutputSpec(np.dtype(dtype), plan.instances.chunk, plan.core, channel_names, provenance)
+    ms = layout.output_multiscale(
+        source.multiscale, spec, name=store.name_of(url), first_level=source.level
+    )
+    ms = replace(ms, version="0.5", levels=ms.levels[:1])
+    layout.create_image(url, ms, [source.shape], spec, source=None)
+    return open_volume(url)
+
+
+def has_scratch(plan: Plan) -> bool:
+    """Whether there is scratch space with all that the stages before growing write."""
+    return all(store.exists(url) for url in (predicted_url(plan), array_url(plan, IDS)))
+
+
+def remove_scratch(plan: Plan) -> None:
+    """Delete it; probabilities that are kept stay, and so does everything else.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
+    store.remove(scratch_url(plan))
+
+
+@dataclass(frozen=True)
+class BlockFiles:
+    """A small file for each block of a stage."""
+
+    url: str
+
+    @classmethod
+    def of(cls, plan: Plan, kind: str) -> BlockFiles:
+        """Those of a plan, of one kind."""
+        return cls(store.join(scratch_url(plan), kind))
+
+    def write(self, block: int, data: bytes) -> None:
+        """Write the file of a block, whole and durably.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        store.write_atomic(self.place(block), data)
+
+    def read(self, block: int) -> bytes:
+        """What was written for a block.
+
+        Raises:
+            OutputError: it is gone.
+        """
+        try:
+            return store.read_bytes(self.place(block), limit_bytes=MAX_FILE_BYTES)
+        except InputNotFoundError:
+            raise OutputError(
+                f"{self.place(block)} is gone, which a finished block had written: start anew with "
+                "--overwrite"
+            ) from None
+
+    def place(self, block: int) -> str:
+        """Where the file of a block lies."""
+        return store.join(self.url, str(block // FILES_A_FOLDER), str(block))

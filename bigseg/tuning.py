@@ -1,0 +1,188 @@
+"""Which rule makes the best objects of the probabilities of a network: tried on what is held out.
+
+    probabilities ──threshold, erode──> seeds ──grow within the foreground──> objects ──> score
+                       (coarse, then fine around the best)          (every growth)
+
+The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
+minus the adapted Rand error, which counts pairs of voxels. Where objects lie apart, the Rand error
+hardly tells the rules apart, and the precision decides. Where they fill the space, few of them are
+met whole, and it is the Rand error that sees whether large ones run together. It knows arrays, and
+neither networks nor volumes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bigseg.config import InstanceRule
+from bigseg.contingency import Contingency, disjoint_union
+from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
+from bigseg.metrics import adapted_rand_error, average_precision
+from bigseg.targets import IGNORE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+FEWEST_OBJECTS = 3
+THRESHOLDS = tuple(tenths / 10 for tenths in range(3, 10))
+COARSE_THRESHOLDS = THRESHOLDS[::2]
+EROSIONS = (0, 1, 2, 3)
+GROWTHS = tuple(range(9))
+COARSE_GROWTHS = (0, 4, 8)
+FOREGROUNDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+COARSE_FOREGROUNDS = FOREGROUNDS[::2]
+STRICTEST_IOU = 0.9
+PLATEAU = 1e-3
+"""Scores that differ by less are equal: a rule in the middle of many good ones is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A held-out region: what the network says of it, and what is true.
+
+    `probabilities` (classes, t, z, y, x) in 255ths; `objects` (t, z, y, x) numbered from 1, 0 for
+    background, IGNORE where not annotated; `voxel_size` along the axes that the network sees.
+    """
+
+    probabilities: NDArray[np.uint8]
+    objects: NDArray[np.int64]
+    voxel_size: tuple[float, ...]
+
+    @property
+    def dims(self) -> int:
+        """Axes that the network sees."""
+        return len(self.voxel_size)
+
+    @property
+    def steps(self) -> Steps:
+        """How seeds shrink and grow."""
+        return Steps.of(self.voxel_size)
+
+    @property
+    def n_objects(self) -> int:
+        """The number of true objects."""
+        return max(0, int(self.objects.max(initial=0)))
+
+
+@dataclass(frozen=True)
+class RuleScore:
+    """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1."""
+
+    average_precision: float
+    rand_error: float
+    n_objects: int
+
+    @property
+    def score(self) -> float:
+        """What rules are chosen by, 0 to 1."""
+        return (self.average_precision + 1 - self.rand_error) / 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the card of a model."""
+        return {"score": self.score, **asdict(self)}
+
+
+def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | None:
+    """The rule with the best score over all regions; None for fewer than three true objects.
+
+    The same regions give the same rule. Of rules that are equally good the middle one is taken.
+    """
+    if sum(part.n_objects for part in parts) < FEWEST_OBJECTS:
+        return None
+    found = _try(parts, _Grid(COARSE_THRESHOLDS, EROSIONS, COARSE_GROWTHS, COARSE_FOREGROUNDS))
+    best = _middle_of_plateau(found, tolerance=0.0)
+    thresholds = [t for t in THRESHOLDS if abs(t - best.threshold) < 0.15]
+    erosions = [e for e in EROSIONS if abs(e - best.erode) <= 1]
+    found = _try(parts, _Grid(thresholds, erosions, GROWTHS, [best.foreground]))
+    best = _middle_of_plateau(found)
+    foregrounds = [f for f in FOREGROUNDS if abs(f - best.foreground) < 0.15]
+    found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, foregrounds))
+    best = _middle_of_plateau(found)
+    return best, found[best]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The rules to try: all combinations."""
+
+    thresholds: Sequence[float]
+    erosions: Sequence[int]
+    growths: Sequence[int]
+    foregrounds: Sequence[float]
+
+
+def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
+    """The scores of all rules of a grid; seeds are made once for all that share them."""
+    found = {}
+    for threshold, erosion in itertools.product(grid.thresholds, grid.erosions):
+        of_seeds = InstanceRule(threshold=threshold, erode=erosion)
+        seeds = [_seeds(part, of_seeds) for part in parts]
+        for foreground in grid.foregrounds:
+            rule = of_seeds.model_copy(update={"foreground": foreground})
+            tables = [_tables(p, s, rule, grid.growths) for p, s in zip(parts, seeds, strict=True)]
+            for growth, of_parts in zip(grid.growths, zip(*tables, strict=True), strict=True):
+                found[rule.model_copy(update={"grow": growth})] = _judge(parts, of_parts)
+    return found
+
+
+def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.uint32]:
+    inside = (codes_of(part.probabilities, rule) & INSIDE_BIT) != 0
+    eroded = erode(inside, rule.erode, part.steps)
+    return components(eroded, dims=part.dims, connectivity=rule.connectivity)[0]
+
+
+def _tables(
+    part: Judged, seeds: NDArray[np.uint32], rule: InstanceRule, growths: Sequence[int]
+) -> list[Contingency]:
+    """Objects against truth after each of `growths`, which ascend."""
+    foreground = (codes_of(part.probabilities, rule) & FOREGROUND_BIT) != 0
+    return [
+        Contingency.of(labels, part.objects, ignore_truth=IGNORE)
+        for labels in _grown(seeds, foreground, growths, part.steps)
+    ]
+
+
+def _grown(
+    seeds: NDArray[np.uint32], foreground: NDArray[np.bool_], growths: Sequence[int], steps: Steps
+) -> Iterator[NDArray[np.uint32]]:
+    """The seeds grown by each number of steps.
+
+    Steps repeat, mostly every second one: then growing goes on from what has been grown already.
+    """
+    done, labels = 0, seeds
+    for growth in growths:
+        if list(steps.moves(growth))[done:] == list(steps.moves(growth - done)):
+            result = grow(labels, foreground, growth - done, steps)
+        else:
+            result = grow(seeds, foreground, growth, steps)
+        if growth % 2 == 0:
+            done, labels = growth, result
+        yield result
+
+
+def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
+    """The scores of all regions together; their objects are different ones."""
+    table = disjoint_union(tables)
+    precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
+    return RuleScore(
+        average_precision=float(np.mean(precision)),
+        rand_error=adapted_rand_error(table).error,
+        n_objects=sum(part.n_objects for part in parts),
+    )
+
+
+def _middle_of_plateau(
+    found: dict[InstanceRule, RuleScore], *, tolerance: float = PLATEAU
+) -> InstanceRule:
+    """Of the rules that are as good as the best, the one nearest to their mean."""
+    enough = max(of.score for of in found.values()) - tolerance
+    plateau = [rule for rule, of in found.items() if of.score >= enough]
+    places = np.array([(10 * r.threshold, r.erode, r.grow, 10 * r.foreground) for r in plateau])
+    distances = ((places - places.mean(axis=0)) ** 2).sum(axis=1).round(6)
+    return plateau[int(distances.argmin())]

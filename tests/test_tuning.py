@@ -1,0 +1,180 @@
+"""Choosing a rule: its score is that of the whole algorithm, and no rule tried is better."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+
+from bigseg import tuning
+from bigseg.config import InstanceRule
+from bigseg.contingency import Contingency, disjoint_union
+from bigseg.instances import Steps, codes_of, grow, segment_codes
+from bigseg.metrics import adapted_rand_error, average_precision
+from bigseg.targets import IGNORE, boundary
+from bigseg.tuning import Judged, RuleScore, choose_rule
+
+
+def cells(shape, n, *, gaps=0.3, seed=0):
+    """Voronoi cells numbered from 1; some of them are background."""
+    rng = np.random.default_rng(seed)
+    points = np.zeros(shape, np.int64)
+    points.flat[rng.choice(points.size, n, replace=False)] = np.arange(1, n + 1)
+    nearest = ndimage.distance_transform_edt(
+        points == 0, return_distances=False, return_indices=True
+    )
+    found = points[tuple(nearest)]
+    found[np.isin(found, np.flatnonzero(rng.random(n + 1) < gaps))] = 0
+    return np.unique(found, return_inverse=True)[1].reshape(shape) + (found.min() > 0)
+
+
+def probabilities_of(objects, *, noise=0.0, seed=0):
+    """What a network would say of (t, z, y, x) objects, plane by plane, with blurred noise."""
+    rng = np.random.default_rng(seed)
+    planes = objects.reshape(-1, *objects.shape[-2:])
+    classes = np.stack([boundary(p, border_vox=2) for p in planes]).reshape(objects.shape)
+    logits = [
+        4.0 * (classes == k) + noise * ndimage.gaussian_filter(rng.normal(size=classes.shape), 1)
+        for k in range(3)
+    ]
+    raised = np.exp(np.stack(logits))
+    return np.rint(255 * raised / raised.sum(axis=0)).astype(np.uint8)
+
+
+def part_of(shape, n, *, noise=0.0, seed=0, voxel_size=(1.0, 1.0), gaps=0.3):
+    objects = cells(shape, n, seed=seed, gaps=gaps)
+    return Judged(probabilities_of(objects, noise=noise, seed=seed), objects, voxel_size)
+
+
+def by_definition(parts, rule):
+    """The scores of whole arrays, segmented as the definition says."""
+    tables = []
+    for part in parts:
+        codes = codes_of(part.probabilities, rule)
+        labels, _ = segment_codes(codes, rule, Steps.of(part.voxel_size), dims=part.dims)
+        tables.append(Contingency.of(labels, part.objects, ignore_truth=IGNORE))
+    table = disjoint_union(tables)
+    precision = [average_precision(table)[iou / 20] for iou in range(10, 19)]
+    return float(np.mean(precision)), adapted_rand_error(table).error
+
+
+@pytest.mark.parametrize("voxel_size", [(1.0, 1.0), (1.0, 1.0, 1.0), (2.5, 1.0, 1.0)])
+def test_the_score_is_that_of_the_definition_and_no_coarse_rule_is_better(voxel_size):
+    shape = (1, 1, 48, 60) if len(voxel_size) == 2 else (1, 4, 24, 24)
+    other = (1, 1, 20, 24)
+    parts = [part_of(s, 18, noise=12, voxel_size=voxel_size) for s in (shape, other)]
+    rule, score = choose_rule(parts)
+    assert (score.average_precision, score.rand_error) == by_definition(parts, rule)
+    assert score.n_objects == sum(part.objects.max() for part in parts)
+    for threshold in (0.3, 0.5, 0.9):
+        for erode, grow_by in ((0, 0), (0, 4), (1, 2), (2, 8), (3, 4)):
+            other = InstanceRule(threshold=threshold, erode=erode, grow=grow_by)
+            precision, error = by_definition(parts, other)
+            assert (precision + 1 - error) / 2 <= score.score + 2 * tuning.PLATEAU
+    assert choose_rule(parts) == (rule, score)
+
+
+def test_objects_that_are_seen_clearly_are_found_whole():
+    part = part_of((1, 1, 80, 80), 12)
+    rule, score = choose_rule([part])
+    assert score.score > 0.9
+    # What grows has the width of the border to make up for, and of what erosion took.
+    assert rule.grow >= rule.erode + 1
+
+
+def test_bridges_between_objects_are_eroded():
+    inside = np.zeros((1, 1, 40, 90), np.uint8)
+    objects = np.zeros(inside.shape, np.int64)
+    for number, x in enumerate((5, 25, 45, 65), start=1):
+        objects[..., 8:26, x : x + 18] = number
+    inside[..., 9:25, :] = 250 * (objects[..., 9:25, :] > 0)
+    inside[..., 16:18, 10:80] = 250
+    part = Judged(np.stack([255 - inside, inside]), objects, (1.0, 1.0))
+    rule, score = choose_rule([part])
+    assert 1 <= rule.erode <= 3
+    assert score.n_objects == 4
+    assert score.average_precision > 0.8
+
+
+def test_where_objects_fill_the_space_running_together_counts():
+    """One voxel of a border that is missed joins two objects; few small ones tell it by AP."""
+    objects = np.ones((1, 1, 60, 61), np.int64)
+    objects[..., 31:] = 2
+    objects[..., :2, :2] = 3
+    probabilities = np.zeros((3, *objects.shape), np.uint8)
+    probabilities[1] = 250
+    for axis in (2, 3):
+        edge = np.diff(objects, axis=axis, append=objects.max()) != 0
+        probabilities[1][edge] = 10
+        probabilities[2][edge] = 240
+    leak = (0, 0, 30, 30)
+    probabilities[(1, *leak)] = 180
+    rule, score = choose_rule([Judged(probabilities, objects, (1.0, 1.0))])
+    assert rule.threshold > 0.71 or rule.erode > 0
+    assert score.rand_error < 0.1
+    # Nothing is background, so any foreground would do: the middle one.
+    assert rule.foreground == 0.5
+
+
+@given(
+    seeds=hnp.arrays(
+        np.uint32, (1, 2, 9, 9), elements=st.integers(0, 3).map(lambda n: 0 if n < 3 else 9)
+    ),
+    foreground=hnp.arrays(np.bool_, (1, 2, 9, 9)),
+    ratios=st.sampled_from([(1.0, 1.0), (1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.5, 1.0, 1.3)]),
+    growths=st.sampled_from([tuning.GROWTHS, tuning.COARSE_GROWTHS, (3, 5)]),
+)
+@settings(max_examples=20, deadline=None)
+def test_growing_on_equals_growing_from_the_seeds(seeds, foreground, ratios, growths):
+    steps = Steps(ratios)
+    found = list(tuning._grown(seeds, foreground, growths, steps))
+    for growth, labels in zip(growths, found, strict=True):
+        np.testing.assert_array_equal(labels, grow(seeds, foreground, growth, steps))
+
+
+def test_what_is_found_where_nothing_was_annotated_decides_nothing():
+    part = part_of((1, 1, 60, 60), 20, noise=5)
+    objects = part.objects.copy()
+    objects[..., :30] = IGNORE
+    empty = part.probabilities.copy()
+    empty[..., :30] = np.reshape([255, 0, 0], (3, 1, 1, 1, 1))
+    full = empty.copy()
+    full[..., :26] = np.random.default_rng(1).integers(0, 85, full[..., :26].shape)
+    chosen = [choose_rule([Judged(p, objects, part.voxel_size)]) for p in (empty, full)]
+    assert chosen[0] == chosen[1]
+    assert chosen[0][1].score > 0.5
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_too_few_objects_choose_nothing(n):
+    objects = np.zeros((1, 1, 30, 30), np.int64)
+    for number in range(1, n + 1):
+        objects[..., 10 * number - 8 : 10 * number, 4:14] = number
+    assert choose_rule([Judged(probabilities_of(objects), objects, (1.0, 1.0))]) is None
+
+
+def test_of_equal_rules_the_middle_one_is_taken():
+    def found(scores):
+        return {
+            InstanceRule(grow=growth): RuleScore(score, 1 - score, 9)
+            for growth, score in enumerate(scores)
+        }
+
+    def chosen(*scores):
+        return tuning._middle_of_plateau(found(scores)).grow
+
+    assert chosen(0.1, 0.8, 0.8, 0.8, 0.3) == 2
+    assert chosen(0.1, 0.8, 0.8003, 0.8, 0.8, 0.7995, 0.2) == 3
+    assert chosen(0.1, 0.2, 0.9) == 2
+    assert chosen(0.9, 0.2, 0.1) == 0
+
+
+def test_the_numbers_of_the_card_are_plain():
+    score = RuleScore(0.75, 0.25, 12)
+    assert score.as_dict() == {
+        "score": 0.75,
+        "average_precision": 0.75,
+        "rand_error": 0.25,
+        "n_objects": 12,
+    }
