@@ -35,8 +35,8 @@ def remarks(result: SegmentResult) -> list[str]:
         lines.append(f"{result.n_empty} blocks are empty space and were skipped")
     if result.filled:
         lines.append(
-            f"{len(result.filled)} chunks of the image cannot be decoded and were read as the fill "
-            f"value: {', '.join(result.filled[:5])}"
+            f"chunks of the image that cannot be decoded were read as the fill value, "
+            f"{len(result.filled)} in all: {', '.join(result.filled[:5])}"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """Removing what a run that ended before its time left behind, and nothing else.
 
-    finished result     temporary files of writes that were cut off, the lock of a dead run
+    finished result     temporary files of writes that were cut off, the lock of a dead run, scratch
     unfinished result   the whole of it: taken out of the list first, then deleted
 
 Nothing is removed while a run lives, nor what `bigseg segment` did not make.
@@ -8,7 +8,6 @@ Nothing is removed while a run lives, nor what `bigseg segment` did not make.
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from bigseg import durable, store
 from bigseg.errors import InputError, InputNotFoundError, LockedError, OutputError
 from bigseg.lock import Lock, lock_url, read_lock
-from bigseg.results import remove_result
+from bigseg.results import remove_result, remove_scratch_left, scratch_left
 from bigseg.status import Status, image_of, open_result, read_status
 
 if TYPE_CHECKING:
@@ -29,13 +28,15 @@ class Leftovers:
     """What would be removed at `url`.
 
     `status` is None where there is no result (any more); `deletes_result` says that it is deleted
-    whole. `n_partials` are temporary files of writes that were cut off, which local stores have.
-    `n_bytes` is what all that takes, None on other stores.
+    whole, `has_scratch` that scratch space of instances lies in a finished one. `n_partials` are
+    temporary files of writes that were cut off, which local stores have. `n_bytes` is what all that
+    takes, None on other stores.
     """
 
     url: str
     status: Status | None
     deletes_result: bool
+    has_scratch: bool
     has_lock: bool
     n_partials: int
     n_bytes: int | None
@@ -43,7 +44,8 @@ class Leftovers:
     @property
     def is_nothing(self) -> bool:
         """Whether there is nothing to remove."""
-        return not (self.deletes_result or self.has_lock or self.n_partials)
+        found = (self.deletes_result, self.has_scratch, self.has_lock, self.n_partials)
+        return not any(found)
 
     @property
     def question(self) -> str:
@@ -62,6 +64,8 @@ class Leftovers:
             parts.append("the unfinished result")
         elif self.n_partials:
             parts.append(f"{self.n_partials} files of writes that were cut off")
+        if self.has_scratch:
+            parts.append("scratch space")
         return [*parts, "the lock of a run that ended"] if self.has_lock else parts
 
     def as_text(self) -> str:
@@ -95,11 +99,14 @@ def find_leftovers(url: str) -> Leftovers:
         _refuse_foreign(url, n_partials=len(partials))
     status = read_status(url) if is_begun and not store.is_empty(url) else None
     deletes_result = is_begun and not _is_finished(url)
-    files = itertools.chain(of_lock, _files(url) if deletes_result else partials)
+    scratch = scratch_left(url) if is_begun and not deletes_result else None
+    whole = url if deletes_result else scratch
+    files = {*of_lock, *partials, *(_files(whole) if whole else ())}
     return Leftovers(
         url=url,
         status=status,
         deletes_result=deletes_result,
+        has_scratch=scratch is not None,
         has_lock=lock is not None,
         n_partials=len(partials) + len(of_lock),
         n_bytes=sum(map(_size_of, files)) if store.is_local(url) else None,
@@ -118,7 +125,9 @@ def remove_leftovers(leftovers: Leftovers) -> None:
     with Lock.acquire(url) as lock:
         for partial in [*_partials_of_lock(url), *_partials(url)]:
             partial.unlink(missing_ok=True)
-        # A run may have finished it since.
+        # A run may have finished it since, or taken it up again.
+        if leftovers.has_scratch and _is_finished(url):
+            remove_scratch_left(url)
         if not leftovers.deletes_result or _is_finished(url):
             return
         if store.is_empty(url):

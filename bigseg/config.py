@@ -186,12 +186,15 @@ class RuleOptions(Settings):
     grow: Annotated[int, Field(ge=0, le=64)] | None = None
     min_size: Positive | None = None
     connectivity: Literal[1, 2, 3] | None = None
-    link: Literal["z", "t"] | None = None
+    link: Literal["z", "t", "none"] | None = None
     fill_holes: bool | None = None
 
     def applied_to(self, rule: InstanceRule) -> InstanceRule:
         """The rule with what is said here."""
-        return rule.model_copy(update=self.model_dump(exclude_none=True))
+        said = self.model_dump(exclude_none=True)
+        if said.get("link") == "none":
+            said["link"] = None
+        return rule.model_copy(update=said)
 
 
 class ModelCard(Settings):

@@ -173,7 +173,9 @@ _RULE_OPTIONS = (
         help="Neighbours of a seed's voxel: 4 or 8 in planes, 6, 18 or 26 in volumes.",
     ),
     click.option(
-        "--link", type=click.Choice(["z", "t"]), help="Join planes or frames where seeds overlap."
+        "--link",
+        type=click.Choice(["z", "t", "none"]),
+        help="Join planes or frames where seeds overlap.",
     ),
     click.option(
         "--fill-holes/--no-fill-holes", default=None, help="Background inside an object is its own."

@@ -1,7 +1,7 @@
 """The whole way once, on this computer: sample, train, segment, evaluate.
 
     DIR/cells.zarr                    the image, with labels/cells and labels/tissue (the truth)
-    DIR/cells.zarr/labels/bigseg      what the trained network found
+    DIR/cells.zarr/labels/bigseg      the cells that the trained network found, and their table
     DIR/run/model.safetensors         the network
     DIR/demo.png                      raw | truth | result | overlay of a plane that it never saw
 
@@ -29,7 +29,7 @@ from bigseg.config import (
 from bigseg.errors import InputError
 from bigseg.evaluate import evaluate
 from bigseg.on_ray import segment_on_ray
-from bigseg.sample import TISSUE, make_sample
+from bigseg.sample import CELLS, TISSUE, make_sample
 from bigseg.train_ddp import train
 from bigseg.view import save_overlay
 from bigseg.volume import open_volume
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from bigseg.evaluate import Scores
     from bigseg.progress import Progress
 
-CLASSES = ("background", "inside", "border")
 # Validation chooses the checkpoint, so the planes that are scored are not among its own.
 TRAIN, VALIDATE, TEST = ":44,:,:", "44:52,:,:", "52:,:,:"
 STEPS = 200
@@ -57,11 +56,12 @@ class DemoResult:
         """The figures, the places, and the commands that do the same."""
         folder = _shortest(self.folder)
         image, model = f"{folder}/cells.zarr", f"{folder}/run/model.safetensors"
-        found = self.scores.classes or {}
+        scores = self.scores
         rows = [
-            f"  {name:12s} Dice {found[i].dice:.3f}   IoU {found[i].iou:.3f}"
-            for i, name in enumerate(CLASSES)
-            if i in found
+            f"  objects              {scores.n_pred_objects} found, {scores.n_truth_objects} true",
+            f"  AP at IoU 0.5        {scores.average_precision[0.5]:.3f}",
+            f"  SEG                  {scores.seg:.3f}",
+            f"  adapted Rand error   {scores.rand.error:.3f}",
         ]
         return "\n".join(
             [
@@ -69,16 +69,18 @@ class DemoResult:
                 *rows,
                 "",
                 f"picture  {_shortest(self.picture)}",
-                f"image    {image}  (labels: cells, {TISSUE}, bigseg)",
+                f"image    {image}  (labels: {CELLS}, {TISSUE}, bigseg)",
+                f"objects  {image}/labels/bigseg/objects.parquet",
                 f"model    {model}",
                 f"done in  {self.seconds:.0f} s",
                 "",
                 "The same by hand:",
                 f"  bigseg sample {image}",
-                f"  bigseg train {image} --labels {TISSUE} --out {folder}/run "
+                f"  bigseg train {image} --labels {CELLS} --task instances --out {folder}/run "
                 f"-c {folder}/config.yaml",
                 f"  bigseg segment {image} --model {model}",
-                f"  bigseg evaluate {image}/labels/bigseg {image}/labels/{TISSUE} --region {TEST}",
+                f"  bigseg objects {image}/labels/bigseg",
+                f"  bigseg evaluate {image}/labels/bigseg {image}/labels/{CELLS} --region {TEST}",
             ]
         )
 
@@ -100,8 +102,8 @@ def demo_config(image: str) -> TrainConfig:
     """A small 3-D network, trained in about a minute on two cores."""
     return TrainConfig(
         images=(image,),
-        labels=TISSUE,
-        classes=CLASSES,
+        labels=CELLS,
+        task="instances",
         region=TRAIN,
         val_region=VALIDATE,
         dims=3,
@@ -131,12 +133,12 @@ def run_demo(folder: str, progress: Progress) -> DemoResult:
         trained = train(config, store.join(folder, "run"), progress=progress)
         result = segment_on_ray(SegmentConfig(image=url, model=trained.model_url), progress)
     image = open_volume(url)
-    found, truth = image.label(result.plan.output.name), image.label(TISSUE)
+    found, truth = image.label(result.plan.output.name), image.label(CELLS)
     where = parse_region(TEST, image.shape[1:])
     test = Region((0, *where.start), (1, *where.stop))
     picture = store.join(folder, "demo.png")
     plane = Region((0, where.start[0] + 6, 0, 0), (1, where.start[0] + 7, *where.stop[1:]))
     raw, labels, answer = (v.read(plane)[0, 0, 0] for v in (image, truth, found))
-    save_overlay(picture, raw, answer, truth=labels, kind="classes")
+    save_overlay(picture, raw, answer, truth=labels, kind="objects")
     scores = evaluate(found, truth, region=test)
     return DemoResult(folder, picture, scores, time.monotonic() - started)

@@ -17,7 +17,7 @@ import numpy as np
 
 from bigseg.blocks import BlockGrid, Region
 from bigseg.borders import draw_place, scaled, touching
-from bigseg.errors import LockedError
+from bigseg.errors import InputNotFoundError, LockedError
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger
 from bigseg.lock import Lock
 from bigseg.plan import PREDICT, stage_grids
@@ -65,7 +65,7 @@ class Examined:
         names = [plan.finest_stage, *(f"pyramid-{k}" for k in range(1, finest.n_levels))]
         levels = {stage: finest.at(k) for k, stage in enumerate(names)}
         if plan.keeps_probabilities:
-            levels = {PREDICT: open_volume(predicted_url(plan)), **levels}
+            levels = {PREDICT: _probabilities(plan), **levels}
         every = stage_grids(plan)
         grids = {stage: every[stage] for stage in levels}
         marks = {
@@ -185,12 +185,13 @@ class Examined:
                 unlist_label(self.image, self.plan.output.name)
             # Before they are taken back: a kill in between leaves what the next `verify` finds.
             self._erase()
-            for stage, blocks in self.wrong.items():
-                ledger.unmark(stage, sorted(blocks))
+            wrong = {stage: sorted(blocks) for stage, blocks in self.wrong.items()}
             if PREDICT in self.wrong:
                 for stage in ledger.stages.keys() - self.grids.keys():
-                    ledger.unmark(stage, range(ledger.stages[stage]))
-        return sum(map(len, self.wrong.values()))
+                    wrong[stage] = np.flatnonzero(~ledger.pending(stage)).tolist()
+            for stage, blocks in wrong.items():
+                ledger.unmark(stage, blocks)
+        return sum(map(len, wrong.values()))
 
     def _is_done(self, stage: str, block: int) -> bool:
         return bool(self.marks[stage][block] != NOT_DONE)
@@ -229,3 +230,14 @@ class Examined:
 
     def _chunks_of(self, stage: str, block: int) -> BlockGrid:
         return BlockGrid(self.grids[stage][block].core, self.levels[stage].chunk_shape)
+
+
+def _probabilities(plan: Plan) -> Volume:
+    """Those that were kept beside the labels."""
+    try:
+        return open_volume(predicted_url(plan))
+    except InputNotFoundError:
+        raise InputNotFoundError(
+            f"{predicted_url(plan)} is gone, from which the labels were made: bring it back from a "
+            "copy, or segment anew with --overwrite"
+        ) from None

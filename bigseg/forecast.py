@@ -33,8 +33,8 @@ class Forecast:
     `useful_flops` are those of the network on each voxel of the region once; `computed_flops` also
     count halos and what lies beyond the region. `fetched_bytes` are decoded bytes of chunks, each
     time they are fetched; `volume_bytes` those of the region once. `written_bytes` are before
-    compression, and so are `scratch_bytes`, which are deleted in the end. `seconds` is None where no
-    rate is known.
+    compression, and so are `scratch_bytes`, which are deleted in the end. `seconds` is None where
+    no rate is known.
     """
 
     plan: Plan

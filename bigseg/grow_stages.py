@@ -47,6 +47,7 @@ class LabelStage(ThreadStage):
         source = open_volume(plan.source.url, level=plan.source.level)
         self._source = SourceVolume.of(source, plan.on_bad_chunk)
         self._sums = BlockFiles.of(plan, OBJECTS)
+        self._filled: dict[int, tuple[str, ...]] = {}
 
     def write(self, block: Block, result: NDArray[np.uint64]) -> int:
         """Write labels (t, z, y, x) of the core and the sums of their objects."""
@@ -54,8 +55,9 @@ class LabelStage(ThreadStage):
         core = self.parts[block.index].core
         inner = values[core.relative_to(block.core.start).slices]
         if values.any():
-            image = self._source.read(core, range(self._source.n_channels))
-            sums = sums_of(inner, image, core)
+            channels = range(self._source.n_channels)
+            sums = sums_of(inner, self._source.read(core, channels), core)
+            self._filled[block.index] = self._source.filled_in(core, channels)
         else:
             sums = ObjectSums.empty(self._source.n_channels, self._source.dtype)
         data = sums.to_bytes()
@@ -63,6 +65,10 @@ class LabelStage(ThreadStage):
         self.output.write(block.core, values[np.newaxis])
         self.written.add(values.nbytes + len(data))
         return checksum_of(np.ascontiguousarray(values[np.newaxis]).data)
+
+    def take_filled(self, block: Block) -> tuple[str, ...]:
+        """The chunks of the image that were filled for the intensities of a block, told once."""
+        return self._filled.pop(block.index, ())
 
 
 class GrowStage(LabelStage):

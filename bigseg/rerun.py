@@ -13,7 +13,7 @@ from bigseg.lock import Lock
 from bigseg.on_ray import on_ray
 from bigseg.places import Here
 from bigseg.plan import PREDICT
-from bigseg.results import begun_plan, change_rule, ledger_url
+from bigseg.results import begun_plan, change_rule, has_probabilities, ledger_url
 from bigseg.segment import SegmentResult, Stopping, carry_out, never
 from bigseg.status import open_result
 from bigseg.volume import open_volume
@@ -93,6 +93,11 @@ def _plan_of(url: str) -> Plan:
     if plan.output.url != url:
         raise UsageError(
             f"{url} was made at {plan.output.url} and has been moved: move it back, or segment anew"
+        )
+    if not has_probabilities(plan):
+        raise UsageError(
+            f"{url} has lost its folder probabilities, from which objects are made again: bring it "
+            "back from a copy, or segment anew with --overwrite"
         )
     n_done, n_blocks = ledger.n_done(PREDICT), ledger.stages[PREDICT]
     if n_done < n_blocks:

@@ -17,7 +17,13 @@ from bigseg import layout, store
 from bigseg.errors import ConfigError, InputError, OutputError, UsageError
 from bigseg.ledger import Ledger
 from bigseg.plan import PREDICT, Plan, output_spec, stage_grids
-from bigseg.scratch import create_scratch, has_scratch, predicted_url, remove_scratch
+from bigseg.scratch import (
+    create_scratch,
+    has_scratch,
+    predicted_url,
+    remove_scratch,
+    scratch_at,
+)
 from bigseg.settings import parse_settings
 from bigseg.table import objects_url
 from bigseg.volume import create_pyramid, open_volume, unlist_label
@@ -52,6 +58,11 @@ def check_same(begun: Plan, plan: Plan, url: str) -> None:
     Raises:
         UsageError: names what differs.
     """
+    if begun.output.kind != plan.output.kind:
+        raise UsageError(
+            f"{url} holds {begun.output.kind}, and {plan.output.kind} are asked for: add --output "
+            f"{begun.output.kind}, choose another --name or --out, or start anew with --overwrite"
+        )
     if differences := begun.differences(plan):
         raise UsageError(
             f"{url} was made with other settings ({'; '.join(differences[:4])}): repeat those, "
@@ -122,18 +133,41 @@ def is_made_by_segment(url: str) -> bool:
 def restore_scratch(plan: Plan, ledger: Ledger) -> None:
     """Let everything that needs scratch space be done again, where that is gone.
 
-    It goes when a result is finished; `verify` can take blocks back after that.
+    It goes when a result is finished; `verify` can take blocks back after that. The pyramid is done
+    again too, because numbering makes all arrays anew.
     """
-    stages = [stage for stage in ledger.stages if not stage.startswith("pyramid-")]
+    stages = ledger.stages
     if plan.instances is None or has_scratch(plan):
         return
-    if all(ledger.n_done(stage) == ledger.stages[stage] for stage in stages):
+    if all(ledger.n_done(s) == n for s, n in stages.items() if not s.startswith("pyramid-")):
         return
-    if plan.instances.keep_probabilities and store.exists(predicted_url(plan)):
-        stages.remove(PREDICT)
+    if has_probabilities(plan):
+        del stages[PREDICT]
+    # First: empty arrays beside these marks would pass for what finished blocks wrote.
+    for stage, n_blocks in stages.items():
+        ledger.unmark(stage, range(n_blocks))
+    remove_scratch(plan.output.url)
     create_scratch(plan)
-    for stage in stages:
-        ledger.unmark(stage, range(ledger.stages[stage]))
+
+
+def scratch_left(url: str) -> str | None:
+    """Where scratch space lies in a result, if any; in a finished one it is of no use."""
+    place = scratch_at(url)
+    return place if store.exists(place) else None
+
+
+def remove_scratch_left(url: str) -> None:
+    """Delete the scratch space of a finished result.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
+    remove_scratch(url)
+
+
+def has_probabilities(plan: Plan) -> bool:
+    """Whether there is what objects can be made again from, whole or not."""
+    return plan.keeps_probabilities and store.exists(predicted_url(plan))
 
 
 def change_rule(plan: Plan, changed: Plan, ledger: Ledger, guard: Callable[[], None]) -> None:
@@ -151,8 +185,8 @@ def change_rule(plan: Plan, changed: Plan, ledger: Ledger, guard: Callable[[], N
     for stage, n_blocks in ledger.stages.items():
         if stage != PREDICT:
             ledger.unmark(stage, range(n_blocks))
-    remove_scratch(plan)
     url = plan.output.url
+    remove_scratch(url)
     layout.take_back_image(url, output_spec(changed, "uint64"))
     store.remove_file(objects_url(url))
     create_scratch(changed)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bigseg.progress import Progress, Task
     from bigseg.pyramid import Method
 
-LABELS = "cells"
+CELLS = "cells"
 TISSUE = "tissue"
 BORDER_VOX = 2.0
 SHAPE: Vec = (64, 256, 256)
@@ -66,7 +66,7 @@ def make_sample(
         _remove_sample(url)
     tissue = _tissue(seed, shape, voxel_um)
     image = _create_image(url, tissue, shape, voxel_um)
-    labels = _create_labels(image, LABELS, tissue.label_dtype)
+    labels = _create_labels(image, CELLS, tissue.label_dtype)
     classes = _create_labels(image, TISSUE, np.dtype(np.uint8), class_names("instances"))
     shapes = [image.at(level).shape for level in range(image.n_levels)]
     grids = [_grid(level_shape, len(shape)) for level_shape in shapes]
@@ -79,7 +79,7 @@ def make_sample(
         _classify(labels, classes, grids[0], voxel_um, task=task)
         for level, grid in enumerate(grids[1:], start=1):
             _fill_level(classes, level, grid, method="mode", task=task)
-    list_label(image.url, LABELS)
+    list_label(image.url, CELLS)
     list_label(image.url, TISSUE)
     return open_volume(image.url)
 

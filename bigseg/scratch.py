@@ -33,9 +33,14 @@ FILES_A_FOLDER = 1000
 MAX_FILE_BYTES = 4 << 30
 
 
+def scratch_at(output_url: str) -> str:
+    """Where the scratch space of an output lies."""
+    return store.join(output_url, "scratch")
+
+
 def scratch_url(plan: Plan) -> str:
     """Where the scratch space of a plan lies."""
-    return store.join(plan.output.url, "scratch")
+    return scratch_at(plan.output.url)
 
 
 def array_url(plan: Plan, name: str) -> str:
@@ -92,16 +97,23 @@ def create_array(
 
 def has_scratch(plan: Plan) -> bool:
     """Whether there is scratch space with all that the stages before growing write."""
-    return all(store.exists(url) for url in (predicted_url(plan), array_url(plan, IDS)))
+    return all(store.exists(url) for url in (predicted_url(plan), _first_removed(plan.output.url)))
 
 
-def remove_scratch(plan: Plan) -> None:
-    """Delete it; probabilities that are kept stay, and so does everything else.
+def remove_scratch(output_url: str) -> None:
+    """Delete that of an output; probabilities that are kept stay, and so does everything else.
 
     Raises:
         OutputError: it cannot be deleted.
     """
-    store.remove(scratch_url(plan))
+    # What a removal that is cut short leaves must not pass for scratch space: what is missing of an
+    # array reads as zeros.
+    store.remove_file(_first_removed(output_url))
+    store.remove(scratch_at(output_url))
+
+
+def _first_removed(output_url: str) -> str:
+    return store.join(scratch_at(output_url), IDS, "zarr.json")
 
 
 @dataclass(frozen=True)

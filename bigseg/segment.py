@@ -38,7 +38,7 @@ from bigseg.results import (
     remove_result,
     restore_scratch,
 )
-from bigseg.scratch import remove_scratch
+from bigseg.scratch import has_scratch, remove_scratch
 from bigseg.transform import load_transform
 from bigseg.trial import is_worth_trying
 from bigseg.volume import list_label
@@ -237,7 +237,7 @@ def _count_objects(plan: Plan, ledger: Ledger) -> int | None:
     """The number of objects, where there are any and they have been numbered."""
     if plan.instances is None:
         return None
-    if ledger.is_finished:
+    if ledger.is_finished or not has_scratch(plan):
         return ledger.record.get("objects")
     return read_count(plan) if ledger.n_done(NUMBER) else None
 
@@ -257,7 +257,7 @@ def _complete(
     if not ledger.is_finished:
         ledger.finish(_record(result, executor.n_workers, spent))
     if plan.instances is not None:
-        remove_scratch(plan)
+        remove_scratch(plan.output.url)
 
 
 @dataclass

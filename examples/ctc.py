@@ -112,9 +112,13 @@ def main() -> None:
         *("--executor", options.executor),
     )
     trained = time.monotonic()
-    bigseg("segment", test, "--model", run / "model.safetensors", "--executor", options.executor)
+    result = options.out / "result.zarr"
+    bigseg(
+        *("segment", test, "--model", run / "model.safetensors", "--out", result),
+        *("--executor", options.executor),
+    )
     print(f"train {trained - started:.0f} s, segment {time.monotonic() - trained:.0f} s")
-    report(options.data, film, test, options.out / f"{options.out.name}.png")
+    report(options.data, film, result, options.out / "result.png")
 
 
 def convert(data: Path, frames: tuple[str, ...], image: Path, voxel_size: str) -> None:
@@ -131,26 +135,29 @@ def bigseg(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "bigseg", *map(str, words)], check=True)
 
 
-def report(data: Path, film: Film, test: Path, picture: Path) -> None:
+def report(data: Path, film: Film, result: Path, picture: Path) -> None:
     """Print the scores of the test frames and of copying, and draw the first of them."""
-    volume = open_volume(str(test))
-    raw, truth, found = (
-        v.read(Region.of_shape(v.shape))[0, :, 0]
-        for v in (volume, volume.label("cells"), volume.label("bigseg"))
-    )
+    volume = open_volume(str(result))
+    found = volume.read(Region.of_shape(volume.shape))[0, :, 0]
+    truth = np.stack([tifffile.imread(data / f"cells_{frame}.tif") for frame in film.test])
+    # A coarser level was segmented; the finest is scored.
     found = enlarged(found, 2**film.level, truth.shape)
     pairs = zip(found, truth, strict=True)
-    result = scores([Contingency.of(one, other) for one, other in pairs])
-    print(result.as_text())
+    scored = scores([Contingency.of(one, other) for one, other in pairs])
+    print(
+        f"{scored.n_pred_objects} cells (truth {scored.n_truth_objects}), "
+        f"AP at IoU 0.5 {scored.average_precision[0.5]:.3f}"
+    )
     copies = [tifffile.imread(data / f"cells_{nearest(f, film.learn)}.tif") for f in film.test]
     tables = [Contingency.of(one, other) for one, other in zip(copies, truth, strict=True)]
-    print(f"SEG {result.seg:.3f}; of the nearest learnt frame, copied, {scores(tables).seg:.3f}")
-    save_overlay(str(picture), raw[0], found[0], truth=truth[0], kind="objects")
+    print(f"SEG {scored.seg:.3f}; of the nearest learnt frame, copied, {scores(tables).seg:.3f}")
+    raw = tifffile.imread(data / f"image_{film.test[0]}.tif")
+    save_overlay(str(picture), raw, found[0], truth=truth[0], kind="objects")
     print(f"frame {film.test[0]}, raw | truth | result | overlay: {picture}")
 
 
 def enlarged(labels: NDArray[Any], factor: int, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Labels (t, y, x) of a coarser level at the size of the finest, which is scored."""
+    """Labels (t, y, x) of a coarser level at the size of the finest."""
     large = labels.repeat(factor, axis=1).repeat(factor, axis=2)
     return np.asarray(large[:, : shape[1], : shape[2]])
 

@@ -102,13 +102,18 @@ def report(images: list[Path], picture: Path) -> None:
         truth = volume.label("nuclei").read(whole)
         tables.append(Contingency.of(volume.label("bigseg").read(whole), truth))
         n_nuclei.append(int(truth.max()))
-    print(scores(tables).as_text())
+    found = scores(tables)
+    print(
+        f"{found.n_pred_objects} nuclei (truth {found.n_truth_objects}), "
+        f"AP at IoU 0.5 {found.average_precision[0.5]:.3f}, 0.75 "
+        f"{found.average_precision[0.75]:.3f}, SEG {found.seg:.3f}"
+    )
     volume = open_volume(str(images[n_nuclei.index(max(n_nuclei))]))
     whole = Region.of_shape(volume.shape)
-    raw, truth, found = (
+    raw, truth, result = (
         v.read(whole)[0, 0, 0] for v in (volume, volume.label("nuclei"), volume.label("bigseg"))
     )
-    save_overlay(str(picture), raw, found, truth=truth, kind="objects")
+    save_overlay(str(picture), raw, result, truth=truth, kind="objects")
     print(f"{volume.url}, raw | truth | result | overlay: {picture}")
 
 

@@ -261,7 +261,7 @@ def test_clean_asks_before_it_deletes(result, monkeypatch):
     assert refused.exit_code == 2
     assert re.search(r"error: delete .*not finished.* say --yes", refused.stderr)
     assert out.exists()
-    monkeypatch.setattr("bigseg.cli.can_answer", lambda: True)
+    monkeypatch.setattr("bigseg.result_commands.can_answer", lambda: True)
     no = CliRunner().invoke(cli.main, ["clean", str(out)], input="n\n")
     assert no.exit_code == 1
     assert out.exists()
@@ -275,7 +275,7 @@ def test_clean_asks_before_it_deletes(result, monkeypatch):
 def test_every_command_has_help_with_an_example():
     assert set(cli.main.commands) == {
         *("convert", "info", "sample", "train", "segment"),
-        *("plan", "bench", "evaluate", "demo"),
+        *("plan", "bench", "evaluate", "demo", "objects", "instances"),
         *("status", "verify", "clean"),
     }
     for name in cli.main.commands:

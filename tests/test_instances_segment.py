@@ -1,22 +1,29 @@
 """Objects made block by block are those of the same algorithm on the whole array in one memory."""
 
 import json
+import shutil
 from pathlib import Path
 
+import cc3d
 import numpy as np
 import pytest
 from helpers import Recorder, config_of, run_command, write_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from planting import INSIDE, codes_of_painting, planted_shapes, write_planting_model
 from scipy import ndimage
 from skimage.measure import regionprops_table
 from zarr_images import write_image as write_version
 
-from bigseg import counting, grow_stages
+from bigseg import counting, grow_stages, results, segment, store
+from bigseg import plan as plan_module
 from bigseg.blocks import Region
 from bigseg.config import InstanceRule, RuleOptions
 from bigseg.errors import IncompleteError, UsageError
 from bigseg.instances import segment_codes
 from bigseg.layout import listed_labels
+from bigseg.ledger import Ledger
 from bigseg.progress import NullProgress
 from bigseg.rerun import remake_instances
 from bigseg.segment import segment_serially
@@ -77,6 +84,46 @@ def test_planted_shapes_are_those_of_the_whole_array_whatever_the_blocks(
     assert labels.dtype == np.uint8
     assert not (out / "scratch").exists()
     assert json.loads((out / "zarr.json").read_text())["attributes"]["bigseg"]["rule"]
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_painting_in_any_blocks_gives_the_objects_of_the_whole_array(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    dims = data.draw(st.sampled_from([2, 3]), label="dims")
+    shape = data.draw(st.tuples(*(st.integers(1, n) for n in (7, 12, 13))), label="shape")
+    painting = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2)), label="painting")
+    rule = {
+        "erode": data.draw(st.integers(0, 2), label="erode"),
+        "grow": data.draw(st.integers(0, 3), label="grow"),
+        "min_size": data.draw(st.integers(1, 3), label="min_size"),
+        "connectivity": data.draw(st.integers(1, dims), label="connectivity"),
+        "fill_holes": data.draw(st.booleans(), label="fill_holes"),
+    }
+    tile = data.draw(st.sampled_from([(2, 4, 4), (4, 4, 8), (8, 8, 4)]), label="tile")
+    image = write_image(folder / "image.zarr", painting, chunks=(4, 8, 8))
+    model = write_planting_model(folder / "model.safetensors", dims=dims)
+    config = config_for(image, model, folder / "out.zarr", rule, tile=tile[-dims:], block=tile)
+    result = segment_serially(config, NullProgress())
+    truth, n = truth_of(painting, rule, ratios=(1.0,) * dims, dims=dims)
+    assert result.n_objects == n
+    np.testing.assert_array_equal(labels_at(folder / "out.zarr"), truth)
+
+
+@pytest.mark.parametrize("connectivity", [1, 2, 3])
+def test_seeds_are_the_components_that_cc3d_finds_in_the_whole_volume(
+    planted, connectivity, tmp_path
+):
+    image, model = planted
+    rule = {"erode": 0, "grow": 0, "connectivity": connectivity}
+    out = tmp_path / "out.zarr"
+    segment_serially(config_for(image, model, out, rule, block=(8, 24, 16)), NullProgress())
+    seeds = (planted_shapes() == INSIDE).astype(np.uint8)
+    found = cc3d.connected_components(seeds, connectivity={1: 6, 2: 18, 3: 26}[connectivity])
+    ids, first = np.unique(found, return_index=True)
+    numbers = np.zeros(len(ids), int)
+    numbers[1:] = 1 + np.argsort(np.argsort(first[1:]))
+    np.testing.assert_array_equal(labels_at(out)[0], numbers[found])
 
 
 def test_planes_are_objects_of_their_own_or_joined_along_z(tmp_path):
@@ -242,6 +289,13 @@ def test_a_change_of_rule_that_is_cut_off_anywhere_goes_on(planted, tmp_path):
     np.testing.assert_array_equal(labels_at(out), truth_of(planted_shapes(), second)[0])
 
 
+def test_a_link_can_be_taken_out_of_a_rule_again():
+    linked = RuleOptions(link="z").applied_to(InstanceRule())
+    assert linked.link == "z"
+    assert RuleOptions(grow=2).applied_to(linked).link == "z"
+    assert RuleOptions(link="none").applied_to(linked).link is None
+
+
 def test_without_kept_probabilities_another_rule_is_refused(planted, tmp_path):
     image, model = planted
     out = tmp_path / "out.zarr"
@@ -356,3 +410,144 @@ def test_an_object_in_two_components_is_one_label_only_through_its_numbers(plant
     assert any(all(s.stop - s.start > 8 for s in box) for box in spread)
     blocks = painting.reshape(3, 8, 5, 8, -1)[..., :40].reshape(3, 8, 5, 8, 5, 8)
     assert (blocks.max(axis=(1, 3, 5)) == 0).any()
+
+
+def level_at(url, level):
+    volume = open_volume(str(url), level=level)
+    return volume.read(Region.of_shape(volume.shape))[0]
+
+
+def spoil(url, level=0):
+    """Write other labels than a run did into the core of one block, in whole write units."""
+    volume = open_volume(str(url), level=level)
+    core = Region((0, 0, 0, 0), (1, 24, *volume.shape[2:]))
+    volume.write(core, volume.read(core)[:, :, ::-1].copy())
+    assert not verify(str(url), progress=NullProgress()).is_right
+
+
+def test_objects_made_again_after_verify_take_the_whole_pyramid_with_them(
+    planted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 8 * 8**3)
+    image, model = planted
+    out = tmp_path / "out.zarr"
+    config = config_for(image, model, out, {"grow": 3}, block=(24, 24, 24))
+    segment_serially(config, NullProgress())
+    truth = [level_at(out, k) for k in (0, 1)]
+    volume = open_volume(str(out))
+    core = Region((0, 0, 24, 24), (1, 24, 40, 44))
+    volume.write(core, volume.read(core)[:, :, ::-1].copy())
+    assert not verify(str(out), progress=NullProgress()).is_right
+    ledger = Ledger.open(results.ledger_url(str(out)), read_only=True)
+    assert 0 < ledger.n_done("pyramid-1") < ledger.stages["pyramid-1"]
+    segment_serially(config, NullProgress())
+    for k in (0, 1):
+        np.testing.assert_array_equal(level_at(out, k), truth[k])
+
+
+def test_a_level_that_is_made_again_needs_no_scratch_space(planted, tmp_path):
+    image, model = planted
+    out = tmp_path / "out.zarr"
+    config = config_for(image, model, out, {}, block=(24, 40, 48))
+    n_objects = segment_serially(config, NullProgress()).n_objects
+    truth = level_at(out, 1)
+    spoil(out, level=1)
+    assert segment_serially(config, NullProgress()).n_objects == n_objects
+    np.testing.assert_array_equal(level_at(out, 1), truth)
+
+
+@pytest.mark.parametrize("moment", ["removed", "restored"])
+def test_scratch_space_that_is_not_whole_is_never_built_on(planted, tmp_path, monkeypatch, moment):
+    image, model = planted
+    out = tmp_path / "out.zarr"
+    config = config_for(image, model, out, {"grow": 3}, block=(24, 24, 48))
+
+    def half_deleted(fs, path, *, local):
+        del fs, local
+        if path.endswith("/ids"):
+            shutil.rmtree(Path(path, "0", "c"))
+            raise Killed
+
+    def half_restored(plan):
+        create_scratch(plan)
+        raise Killed
+
+    create_scratch = results.create_scratch
+    if moment == "removed":
+        monkeypatch.setattr(store, "_delete", half_deleted)
+        with pytest.raises(Killed):
+            segment_serially(config, NullProgress())
+        monkeypatch.undo()
+    else:
+        segment_serially(config, NullProgress())
+    truth = labels_at(out)
+    spoil(out)
+    if moment == "restored":
+        monkeypatch.setattr(results, "create_scratch", half_restored)
+        with pytest.raises(Killed):
+            segment_serially(config, NullProgress())
+        monkeypatch.undo()
+    segment_serially(config, NullProgress())
+    np.testing.assert_array_equal(labels_at(out), truth)
+    assert not (out / "scratch").exists()
+
+
+def test_probabilities_that_are_gone_are_not_taken_for_background(planted, tmp_path):
+    image, model = planted
+    out = tmp_path / "out.zarr"
+    options = {"block": (24, 40, 48), "keep_probabilities": True}
+    segment_serially(config_for(image, model, out, {}, **options), NullProgress())
+    shutil.rmtree(out / "probabilities")
+    code, said = run_command("instances", out, "--grow", 1, "--executor", "serial")
+    assert code == 2
+    assert "has lost its folder probabilities" in said
+    assert labels_at(out).any()
+    code, said = run_command("verify", out)
+    assert code == 3
+    assert "bring it back from a copy" in said
+
+
+def test_clean_removes_scratch_space_of_a_finished_result_and_nothing_else(
+    planted, tmp_path, monkeypatch
+):
+    image, model = planted
+    out = tmp_path / "out.zarr"
+
+    def killed(url):
+        raise Killed
+
+    monkeypatch.setattr(segment, "remove_scratch", killed)
+    with pytest.raises(Killed):
+        segment_serially(config_for(image, model, out, {}, block=(24, 40, 48)), NullProgress())
+    truth = labels_at(out)
+    code, said = run_command("clean", out)
+    assert code == 0, said
+    assert "scratch space" in said
+    assert not (out / "scratch").exists()
+    np.testing.assert_array_equal(labels_at(out), truth)
+    assert run_command("clean", out)[1].strip().endswith("nothing to remove")
+
+
+def test_chunks_that_only_the_table_reads_are_filled_and_told_as_well(tmp_path):
+    painting = planted_shapes()
+    data = np.stack([painting, painting])
+    image = write_image(tmp_path / "image.zarr", data, chunks=(1, 24, 40, 44), dims="czyx")
+    (tmp_path / "image.zarr/0/c/1/0/0/0").write_bytes(b"damaged")
+    model = write_planting_model(tmp_path / "model.safetensors")
+    out, options = tmp_path / "out.zarr", {"block": (24, 40, 48)}
+    result = segment_serially(config_for(image, model, out, {}, **options), NullProgress())
+    assert "--on-bad-chunk fill" in result.failed[0].error
+    filling = config_for(image, model, out, {}, on_bad_chunk="fill", **options)
+    result = segment_serially(filling, NullProgress())
+    assert result.is_complete
+    assert result.filled == ("0/c/1/0/0/0",)
+    np.testing.assert_array_equal(labels_at(out), truth_of(painting, {})[0])
+
+
+def test_instances_and_labels_do_not_go_on_from_each_other(planted, tmp_path):
+    image, model = planted
+    out = tmp_path / "out.zarr"
+    segment_serially(config_for(image, model, out, {}, block=(24, 40, 48)), NullProgress())
+    other = config_for(image, model, out, {}, output="labels", block=(24, 40, 48))
+    with pytest.raises(UsageError, match="holds instances, and labels are asked for"):
+        segment_serially(other, NullProgress())

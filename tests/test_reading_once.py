@@ -8,7 +8,7 @@ import ray
 from counting import counted
 from helpers import RESOURCES, config_of, noise, write_image, write_model
 
-from bigseg import stages
+from bigseg import predict_stage
 from bigseg.cluster import connect
 from bigseg.config import UNetSpec
 from bigseg.forecast import make_forecast
@@ -59,8 +59,8 @@ def test_one_worker_fetches_the_volume_about_once(tmp_path, model, layout, monke
         counting.append(store)
         return volume
 
-    open_volume = stages.open_volume
-    monkeypatch.setattr(stages, "open_volume", open_counted)
+    open_volume = predict_stage.open_volume
+    monkeypatch.setattr(predict_stage, "open_volume", open_counted)
     with SerialExecutor(plan, 1) as executor:
         reports = list(executor.run(PREDICT, np.ones(len(plan.grid), np.bool_)))
     assert len(reports) == len(plan.grid) > 50
