@@ -26,10 +26,11 @@ import torch
 
 from bigseg.blocks import BlockGrid, Region
 from bigseg.checkpoint import save_model
-from bigseg.config import ModelCard, NormRule, RuleOptions, SegmentConfig, UNetSpec
+from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
 from bigseg.model import UNet
 from bigseg.on_ray import segment_on_ray
 from bigseg.progress import NullProgress
+from bigseg.rules import RuleOptions
 from bigseg.sample import make_sample
 from bigseg.targets import BORDER, INSIDE, boundary
 from bigseg.volume import OutputSpec, create_pyramid

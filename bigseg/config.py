@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from bigseg.plain_yaml import read_yaml
+from bigseg.rules import InstanceRule, RuleOptions
 from bigseg.settings import Location, Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -138,63 +139,6 @@ class NormConstants(Settings):
     scale: tuple[Annotated[float, Field(gt=0)], ...]
     level: int = 0
     n_voxels: int = 0
-
-
-class InstanceRule(Settings):
-    """How the probabilities of background, inside and border become numbered objects.
-
-    threshold: seeds are where the inside is at least so probable.
-    foreground: objects grow where everything but the background is at least so probable.
-    erode: steps by which seeds shrink first, so that thin bridges between objects break.
-    grow: steps by which they grow again within the foreground.
-    min_size: voxels of the smallest seed that counts.
-    connectivity: along how many axes neighbouring voxels of a seed may differ: 1 faces (4 in a
-        plane, 6 in a volume), 2 edges (8, 18), 3 corners (26).
-    link: planes that a 2-D network segments are joined along z, or frames along t, where their
-        seeds overlap.
-    fill_holes: background that one object encloses becomes part of it.
-
-    A step is one voxel of the finest axis; coarser ones step less often.
-    """
-
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
-    foreground: Annotated[float, Field(gt=0, le=1)] = 0.5
-    erode: Annotated[int, Field(ge=0, le=64)] = 1
-    grow: Annotated[int, Field(ge=0, le=64)] = 4
-    min_size: Positive = 1
-    connectivity: Literal[1, 2, 3] = 1
-    link: Literal["z", "t"] | None = None
-    fill_holes: bool = False
-
-    @property
-    def inside_at(self) -> int:
-        """The smallest probability of the inside of a seed, in 255ths."""
-        return math.ceil(255 * self.threshold - 1e-9)
-
-    @property
-    def foreground_at(self) -> int:
-        """The smallest probability of all but the background of an object, in 255ths."""
-        return math.ceil(255 * self.foreground - 1e-9)
-
-
-class RuleOptions(Settings):
-    """What of a rule a user says otherwise; None leaves it as it is."""
-
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    foreground: Annotated[float, Field(gt=0, le=1)] | None = None
-    erode: Annotated[int, Field(ge=0, le=64)] | None = None
-    grow: Annotated[int, Field(ge=0, le=64)] | None = None
-    min_size: Positive | None = None
-    connectivity: Literal[1, 2, 3] | None = None
-    link: Literal["z", "t", "none"] | None = None
-    fill_holes: bool | None = None
-
-    def applied_to(self, rule: InstanceRule) -> InstanceRule:
-        """The rule with what is said here."""
-        said = self.model_dump(exclude_none=True)
-        if said.get("link") == "none":
-            said["link"] = None
-        return rule.model_copy(update=said)
 
 
 class ModelCard(Settings):

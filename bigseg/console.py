@@ -24,7 +24,8 @@ from bigseg.guards import check_location, printable, without_secrets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from bigseg.config import RuleOptions, SegmentConfig
+    from bigseg.config import SegmentConfig
+    from bigseg.rules import RuleOptions
 
 
 class Command(click.Command):
@@ -142,8 +143,6 @@ def _parts(text: str, option: str, kind: type[int] | type[float]) -> Sequence[st
     return parts
 
 
-_CONNECTIVITY = {"4": 1, "8": 2, "6": 1, "18": 2, "26": 3}
-
 _WORKER_OPTIONS = (
     click.option("--workers", type=click.IntRange(min=1)),
     click.option(
@@ -169,7 +168,7 @@ _RULE_OPTIONS = (
     click.option("--min-size", type=click.IntRange(min=1), metavar="VOXELS", help="Smallest seed."),
     click.option(
         "--connectivity",
-        type=click.Choice(list(_CONNECTIVITY)),
+        type=click.Choice(["4", "8", "6", "18", "26"]),
         help="Neighbours of a seed's voxel: 4 or 8 in planes, 6, 18 or 26 in volumes.",
     ),
     click.option(
@@ -295,11 +294,13 @@ def _with(options: Sequence[Any], command: Callable[..., Any]) -> Callable[..., 
 
 def rule_of(options: dict[str, Any]) -> RuleOptions:
     """What `rule_options` were given; they are taken out of `options`."""
-    from bigseg.config import RuleOptions
+    from bigseg.rules import RuleOptions
     from bigseg.settings import parse_settings
 
-    values = {key: options.pop(key) for key in RuleOptions.model_fields}
-    values["connectivity"] = _CONNECTIVITY.get(values["connectivity"])
+    neighbours = options.pop("connectivity")
+    others = RuleOptions.model_fields.keys() - {"neighbours"}
+    values = {key: options.pop(key) for key in others}
+    values["neighbours"] = None if neighbours is None else int(neighbours)
     return parse_settings(RuleOptions, values, source="options")
 
 

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bigseg.config import InstanceRule, NormConstants
+    from bigseg.config import NormConstants
     from bigseg.engine import EngineSpec
     from bigseg.model import UNet
     from bigseg.predict import TileGeometry
     from bigseg.predictor import Encoding
+    from bigseg.rules import InstanceRule
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from bigseg.config import InstanceRule
 from bigseg.errors import UsageError
 from bigseg.plan import InstancePlan
+from bigseg.rules import InstanceRule
 
 if TYPE_CHECKING:
     from bigseg.blocks import Vec
-    from bigseg.config import ModelCard, RuleOptions, SegmentConfig
+    from bigseg.config import ModelCard, SegmentConfig
+    from bigseg.rules import RuleOptions
     from bigseg.volume import Volume
 
 Kind = Literal["labels", "probabilities", "instances"]
@@ -64,12 +65,7 @@ def with_rule(plan: InstancePlan, options: RuleOptions, source: Volume) -> Insta
     Raises:
         UsageError: the rule does not fit the image or the network.
     """
-    rule = options.applied_to(plan.rule)
-    if rule.connectivity > plan.dims:
-        raise UsageError(
-            "--connectivity 26: a network that sees planes has neighbours across the faces or "
-            "corners of a pixel: choose 4 or 8"
-        )
+    rule = options.applied_to(plan.rule, plan.dims)
     if rule.link == "z" and plan.dims == 3:
         raise UsageError("--link z: a 3-D network sees all planes together: leave it out")
     lengths = {"t": source.shape[0], "z": source.shape[1]}
@@ -85,8 +81,9 @@ def _refuse(config: SegmentConfig, kind: str) -> None:
     given = [*config.rule.model_dump(exclude_none=True)]
     given += ["keep_probabilities"] if config.keep_probabilities else []
     if given:
+        option = {"neighbours": "connectivity"}.get(given[0], given[0])
         raise UsageError(
-            f"--{given[0].replace('_', '-')} says how objects are made, and {kind} are asked for: "
+            f"--{option.replace('_', '-')} says how objects are made, and {kind} are asked for: "
             "leave it out, or add --output instances"
         )
 

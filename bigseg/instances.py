@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bigseg.config import InstanceRule
+    from bigseg.rules import InstanceRule
 
 Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 

@@ -17,13 +17,14 @@ import numpy as np
 
 from bigseg import store
 from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
-from bigseg.config import InstanceRule, ModelCard, NormConstants, OnBadChunk
+from bigseg.config import ModelCard, NormConstants, OnBadChunk
 from bigseg.cost import MemoryModel
 from bigseg.empty import EmptyRule
 from bigseg.engine import EngineSpec
 from bigseg.errors import InputError
 from bigseg.layout import units_of
 from bigseg.predict import TileGeometry, tile_geometry
+from bigseg.rules import InstanceRule
 from bigseg.settings import Settings
 from bigseg.transform import TransformPlan
 from bigseg.volume import OutputSpec, Volume, open_volume

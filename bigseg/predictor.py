@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Region
-    from bigseg.config import InstanceRule, NormConstants
+    from bigseg.config import NormConstants
     from bigseg.engine import EngineSpec
     from bigseg.model import UNet
     from bigseg.predict import TileGeometry
+    from bigseg.rules import InstanceRule
 
 
 class Predictor(Protocol):

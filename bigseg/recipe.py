@@ -19,11 +19,12 @@ import numpy as np
 from bigseg.annotations import Annotated, judged, open_annotated
 from bigseg.augment import PatchFrame
 from bigseg.blocks import Region, Vec, round_up
-from bigseg.config import InstanceRule, ModelCard, NormConstants, TrainConfig, UNetSpec
+from bigseg.config import ModelCard, NormConstants, TrainConfig, UNetSpec
 from bigseg.engine import best_precision
 from bigseg.errors import ConfigError, InputError
 from bigseg.model import footprint
 from bigseg.patches import PatchPlan, PatchSampler, PatchSource
+from bigseg.rules import InstanceRule
 from bigseg.settings import Settings
 from bigseg.statistics import norm_constants
 from bigseg.survey import Survey, survey

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal
 
-from bigseg.config import RuleOptions, SegmentConfig
+from bigseg.config import SegmentConfig
 from bigseg.errors import IncompleteError, UsageError
 from bigseg.instance_plan import with_rule
 from bigseg.ledger import Ledger
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bigseg.places import Place
     from bigseg.plan import Plan
     from bigseg.progress import Progress
+    from bigseg.rules import RuleOptions
 
 
 def remake_instances(

@@ -126,8 +126,8 @@ class Status:
         url; state (finished, running, abandoned or unfinished); image, model, engine and output
         (labels, probabilities or instances; each null where no plan was stored); stages: a list of
         name, blocks, done, empty, failed, left; failures (reasons, the first 20) and failed (how
-        many); filled (chunks of the image that could not be decoded); owner: null, or host, pid, age_s,
-        alive; blocks_per_s, mvox_per_s, left_s (or null); way_on.
+        many); filled (chunks of the image that could not be decoded); owner: null, or host, pid,
+        age_s, alive; blocks_per_s, mvox_per_s, left_s (or null); way_on.
         """
         return {
             "url": self.url,

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.config import InstanceRule
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
 from bigseg.metrics import adapted_rand_error, average_precision
+from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ batch: 4
 optim: {lr: 3.0e-3}
 loss: {dice: 0.5, balance: true, weight_map: {w0: 10, sigma_um: 3.0}}
 augment: {scale: 0.25, elastic_vox: 3.0, elastic_grid_vox: 32, noise: 0.02, blur_vox: 0.4}
-val_every: 400
+val_every: 300
 """
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,10 @@ import torch
 from helpers import config_of, noise, write_image, write_model
 
 from bigseg.config import NormRule, UNetSpec
-from bigseg.cuda import _Halving
+from bigseg.cuda import _codes, _Halving
+from bigseg.instances import codes_of
 from bigseg.progress import NullProgress
+from bigseg.rules import InstanceRule
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
 
@@ -33,6 +35,15 @@ class Small:
             return batch.mean(dim=1, keepdim=True) * 2
 
         return forward
+
+
+def test_codes_of_instances_are_those_of_the_processors():
+    probabilities = np.random.default_rng(0).integers(0, 256, (3, 1, 9, 40, 40)).astype(np.uint8)
+    probabilities[:, :, 0] = 0
+    for threshold, foreground in [(0.5, 0.5), (0.31, 0.77), (1.0, 0.004)]:
+        rule = InstanceRule(threshold=threshold, foreground=foreground)
+        found = _codes(torch.from_numpy(probabilities).to(torch.int32), rule)
+        np.testing.assert_array_equal(found.numpy(), codes_of(probabilities, rule))
 
 
 @pytest.mark.parametrize("n_planes", [8, 5, 6])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from test_steps import RATIOS, eroded_by_brute_force, grown_by_brute_force
 
-from bigseg.config import InstanceRule
 from bigseg.instances import (
     FOREGROUND_BIT,
     INSIDE_BIT,
@@ -23,6 +22,7 @@ from bigseg.instances import (
     owners_of,
     segment_codes,
 )
+from bigseg.rules import InstanceRule
 from bigseg.steps import Steps
 
 LINKS = {None: None, "t": 0, "z": 1}

@@ -12,8 +12,8 @@ from planting import planted_shapes, write_planting_model
 
 from bigseg import infer_actor, on_ray
 from bigseg.cluster import connect
-from bigseg.config import RuleOptions
 from bigseg.progress import NullProgress
+from bigseg.rules import RuleOptions
 from bigseg.segment import segment_serially
 from bigseg.volume import open_volume
 

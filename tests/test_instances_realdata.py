@@ -10,10 +10,11 @@ from training_data import write_annotated
 
 from bigseg.blocks import Region
 from bigseg.cluster import connect
-from bigseg.config import RuleOptions, TrainConfig
+from bigseg.config import TrainConfig
 from bigseg.instances import codes_of, segment_codes
 from bigseg.on_ray import segment_on_ray
 from bigseg.progress import NullProgress
+from bigseg.rules import RuleOptions
 from bigseg.segment import segment_serially
 from bigseg.steps import Steps
 from bigseg.train_ddp import train
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 RULES = [
     {"threshold": 0.5, "erode": 1, "grow": 4},
-    {"threshold": 0.8, "erode": 0, "grow": 2, "connectivity": 3, "fill_holes": True},
+    {"threshold": 0.8, "erode": 0, "grow": 2, "neighbours": 26, "fill_holes": True},
 ]
 
 

@@ -19,13 +19,13 @@ from zarr_images import write_image as write_version
 from bigseg import counting, grow_stages, results, segment, store
 from bigseg import plan as plan_module
 from bigseg.blocks import Region
-from bigseg.config import InstanceRule, RuleOptions
 from bigseg.errors import IncompleteError, UsageError
 from bigseg.instances import segment_codes
 from bigseg.layout import listed_labels
 from bigseg.ledger import Ledger
 from bigseg.progress import NullProgress
 from bigseg.rerun import remake_instances
+from bigseg.rules import NEIGHBOURS, InstanceRule, RuleOptions
 from bigseg.segment import segment_serially
 from bigseg.steps import Steps
 from bigseg.table import objects_url, read_table
@@ -53,6 +53,10 @@ def planted(tmp_path_factory):
 
 def config_for(image, model, out, rule, **options):
     options = {"tile": TILE, "output": None, **options}
+    rule = dict(rule)
+    if connectivity := rule.pop("connectivity", None):
+        of_dims = NEIGHBOURS[len(options["tile"])]
+        rule["neighbours"] = next(n for n, c in of_dims.items() if c == connectivity)
     return config_of(image, model, out, rule=RuleOptions(**rule), **options)
 
 
@@ -63,7 +67,7 @@ def labels_at(url):
 
 def truth_of(painting, rule, *, ratios=(1.0, 1.0, 1.0), dims=3):
     """The definition, on the whole array (t, z, y, x)."""
-    rule = RuleOptions(**rule).applied_to(InstanceRule())
+    rule = InstanceRule(**rule)
     painting = painting.reshape((1,) * (4 - painting.ndim) + painting.shape)
     return segment_codes(codes_of_painting(painting), rule, Steps(ratios), dims=dims)
 
@@ -290,10 +294,24 @@ def test_a_change_of_rule_that_is_cut_off_anywhere_goes_on(planted, tmp_path):
 
 
 def test_a_link_can_be_taken_out_of_a_rule_again():
-    linked = RuleOptions(link="z").applied_to(InstanceRule())
+    linked = RuleOptions(link="z").applied_to(InstanceRule(), 2)
     assert linked.link == "z"
-    assert RuleOptions(grow=2).applied_to(linked).link == "z"
-    assert RuleOptions(link="none").applied_to(linked).link is None
+    assert RuleOptions(grow=2).applied_to(linked, 2).link == "z"
+    assert RuleOptions(link="none").applied_to(linked, 2).link is None
+
+
+@pytest.mark.parametrize(("dims", "n"), [(3, 8), (3, 4), (2, 6), (2, 18), (2, 26)])
+def test_neighbours_that_the_network_does_not_see_are_refused(planted, dims, n, tmp_path):
+    image, _ = planted
+    model = write_planting_model(tmp_path / "model.safetensors", dims=dims)
+    words = ("plan", image, "--model", model, "--out", tmp_path / "o.zarr", "--connectivity", n)
+    code, said = run_command(*words, "--executor", "serial")
+    assert code == 2
+    sees, those = {2: ("planes", "4 or 8"), 3: ("volumes", "6, 18 or 26")}[dims]
+    assert said.strip() == (
+        f"error: --connectivity {n}: the network sees {sees}, where a voxel has {those} "
+        "neighbours: choose one of those"
+    )
 
 
 def test_without_kept_probabilities_another_rule_is_refused(planted, tmp_path):

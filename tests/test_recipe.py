@@ -7,10 +7,11 @@ from training_data import blobs, write_annotated
 from zarr_images import ramp
 
 from bigseg.blocks import Region
-from bigseg.config import InstanceRule, NormRule, TrainConfig
+from bigseg.config import NormRule, TrainConfig
 from bigseg.errors import ConfigError, InputError
 from bigseg.model import footprint
 from bigseg.recipe import Recipe, differences, make_recipe
+from bigseg.rules import InstanceRule
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from training_data import blobs, write_annotated
 from bigseg.annotations import open_annotated
 from bigseg.blocks import Region
 from bigseg.checkpoint import load_model, read_card
-from bigseg.config import InstanceRule, TrainConfig, load_train_config
+from bigseg.config import TrainConfig, load_train_config
 from bigseg.errors import ConfigError, InputError, OutputError
 from bigseg.predict import read_mirrored
 from bigseg.predictor import Encoding
 from bigseg.recipe import make_recipe
+from bigseg.rules import InstanceRule
 from bigseg.runs import RunFiles, open_run, stored_run
 from bigseg.statistics import normalise
 from bigseg.train_ddp import train

@@ -8,10 +8,10 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from bigseg import tuning
-from bigseg.config import InstanceRule
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import Steps, codes_of, grow, segment_codes
 from bigseg.metrics import adapted_rand_error, average_precision
+from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE, boundary
 from bigseg.tuning import Judged, RuleScore, choose_rule
 
