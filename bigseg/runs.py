@@ -200,7 +200,7 @@ def _rule_in_words(card: ModelCard) -> str | None:
         return None
     words = (
         f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
-        f"{rule.foreground:g}"
+        f"{rule.foreground:g}, seeds of at least {rule.min_size} voxels"
     )
     if found is None:
         return f"{words} (the defaults: too few objects to choose by)"

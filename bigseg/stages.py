@@ -7,6 +7,7 @@ gives small reports; voxels go storage -> worker -> storage.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from dataclasses import replace
@@ -160,8 +161,7 @@ def make_stage(plan: Plan, name: str, n_threads: int, transform: Transform | Non
     """The stage of this name; `pyramid-<level>` are those of the pyramid."""
     if name == PREDICT:
         return PredictStage(plan, n_threads, transform)
-    # What a thread reads and compares for one block takes up to half a GiB.
-    n_threads = max(1, min(n_threads, plan.memory_bytes >> 29))
+    n_threads = max(1, min(n_threads, plan.memory_bytes // _thread_bytes(plan, name)))
     if name == STITCH:
         return StitchStage(plan, SEEDS, n_threads)
     if name == STITCH_HOLES:
@@ -169,6 +169,15 @@ def make_stage(plan: Plan, name: str, n_threads: int, transform: Transform | Non
     if name in _OTHERS:
         return _OTHERS[name](plan, n_threads)
     return PyramidStage(plan, int(name.removeprefix("pyramid-")), n_threads)
+
+
+def _thread_bytes(plan: Plan, name: str) -> int:
+    """Memory that a thread of a stage without a network needs, about."""
+    if name.startswith("pyramid-"):
+        # What is read and compared for one block.
+        return 1 << 29
+    # Numbers, labels and codes of the block that is read, the one that waits and the one written.
+    return 3 * 40 * math.prod(plan.core)
 
 
 _OTHERS: dict[str, Callable[[Plan, int], Stage]] = {

@@ -1,7 +1,7 @@
 """Which rule makes the best objects of the probabilities of a network: tried on what is held out.
 
-    probabilities ──threshold, erode──> seeds ──grow within the foreground──> objects ──> score
-                       (coarse, then fine around the best)          (every growth)
+    probabilities ──threshold, erode, size──> seeds ──grow in foreground──> objects ──> score
+                       (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
 minus the adapted Rand error, which counts pairs of voxels. Where objects lie apart, the Rand error
@@ -13,6 +13,7 @@ neither networks nor volumes.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FEWEST_OBJECTS = 3
-THRESHOLDS = tuple(tenths / 10 for tenths in range(3, 10))
-COARSE_THRESHOLDS = THRESHOLDS[::2]
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975)
+COARSE_THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.95, 0.975)
 EROSIONS = (0, 1, 2, 3)
 GROWTHS = tuple(range(9))
 COARSE_GROWTHS = (0, 4, 8)
 FOREGROUNDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 COARSE_FOREGROUNDS = FOREGROUNDS[::2]
+SIZES = tuple(2**power for power in range(11))
 STRICTEST_IOU = 0.9
 PLATEAU = 1e-3
 """Scores that differ by less are equal: a rule in the middle of many good ones is taken."""
@@ -104,6 +106,8 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     foregrounds = [f for f in FOREGROUNDS if abs(f - best.foreground) < 0.15]
     found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, foregrounds))
     best = _middle_of_plateau(found)
+    found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, [best.foreground], SIZES))
+    best = _middle_of_plateau(found)
     return best, found[best]
 
 
@@ -115,13 +119,21 @@ class _Grid:
     erosions: Sequence[int]
     growths: Sequence[int]
     foregrounds: Sequence[float]
+    sizes: Sequence[int] = (1,)
+
+    @property
+    def seeds(self) -> Iterator[InstanceRule]:
+        """The rules that differ in their seeds."""
+        for threshold, erosion, size in itertools.product(
+            self.thresholds, self.erosions, self.sizes
+        ):
+            yield InstanceRule(threshold=threshold, erode=erosion, min_size=size)
 
 
 def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
     """The scores of all rules of a grid; seeds are made once for all that share them."""
     found = {}
-    for threshold, erosion in itertools.product(grid.thresholds, grid.erosions):
-        of_seeds = InstanceRule(threshold=threshold, erode=erosion)
+    for of_seeds in grid.seeds:
         seeds = [_seeds(part, of_seeds) for part in parts]
         for foreground in grid.foregrounds:
             rule = of_seeds.model_copy(update={"foreground": foreground})
@@ -134,7 +146,9 @@ def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
 def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.uint32]:
     inside = (codes_of(part.probabilities, rule) & INSIDE_BIT) != 0
     eroded = erode(inside, rule.erode, part.steps)
-    return components(eroded, dims=part.dims, connectivity=rule.connectivity)[0]
+    seeds, n = components(eroded, dims=part.dims, connectivity=rule.connectivity)
+    large = np.bincount(seeds.ravel(), minlength=n + 1) >= rule.min_size
+    return np.where(large[seeds], seeds, np.uint32(0))
 
 
 def _tables(
@@ -183,6 +197,11 @@ def _middle_of_plateau(
     """Of the rules that are as good as the best, the one nearest to their mean."""
     enough = max(of.score for of in found.values()) - tolerance
     plateau = [rule for rule, of in found.items() if of.score >= enough]
-    places = np.array([(10 * r.threshold, r.erode, r.grow, 10 * r.foreground) for r in plateau])
+    places = np.array(
+        [
+            (10 * r.threshold, r.erode, r.grow, 10 * r.foreground, math.log2(r.min_size))
+            for r in plateau
+        ]
+    )
     distances = ((places - places.mean(axis=0)) ** 2).sum(axis=1).round(6)
     return plateau[int(distances.argmin())]

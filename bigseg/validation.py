@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bigseg.annotations import VALIDATION_VOXELS
+from bigseg.blocks import Region
 from bigseg.cost import default_tile, forward_bytes
 from bigseg.engine import torch_forward
 from bigseg.evaluate import Contingency, Scores, scores
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.annotations import Annotated
-    from bigseg.blocks import Region
     from bigseg.engine import Forward
     from bigseg.model import UNet
     from bigseg.recipe import Recipe, SourceRecipe
@@ -77,12 +78,35 @@ def judged_objects(net: UNet, recipe: Recipe, *, device: torch.device) -> list[J
     forward = _forward(net, recipe, device)
     found = []
     for source, region in recipe.validated:
-        annotated = recipe.open(source)
-        probabilities = _predict(recipe, source, annotated, region, forward)
-        objects = annotated.objects(region, dims=recipe.card.spec.dims)
-        size = annotated.voxel_size[-recipe.card.spec.dims :]
+        annotated, dims = recipe.open(source), recipe.card.spec.dims
+        seen = _surroundings(source, region, dims, n_images=len(recipe.validated))
+        probabilities = _predict(recipe, source, annotated, seen, forward)
+        objects = np.full(seen.shape, IGNORE, np.int64)
+        here = region.relative_to(seen.start).slices
+        objects[here] = annotated.objects(region, dims=dims)
+        size = annotated.voxel_size[-dims:]
         found.append(Judged(_in_255ths(probabilities), objects, size))
     return found
+
+
+def _surroundings(source: SourceRecipe, region: Region, dims: int, *, n_images: int) -> Region:
+    """The region with as much of the annotated part around it as validation may look at.
+
+    Two objects that run together anywhere are one, within the region too: rules that are judged on
+    a thin region by itself are too generous (FIB-25: adapted Rand error 0.38 instead of 0.21).
+    """
+    axes = range(4 - dims, 4)
+    whole = Region(
+        tuple(map(min, source.train_start, source.val_start)),
+        tuple(map(max, source.train_stop, source.val_stop)),
+    )
+    seen = region
+    while True:
+        margin = tuple(8 if axis in axes else 0 for axis in range(4))
+        larger = seen.grow(margin, margin).intersect(whole)
+        if larger == seen or larger.n_voxels > VALIDATION_VOXELS // n_images:
+            return seen
+        seen = larger
 
 
 def _forward(net: UNet, recipe: Recipe, device: torch.device) -> Forward:

@@ -12,21 +12,21 @@ import torch
 from helpers import run_command
 from training_data import blobs, write_annotated
 
-from bigseg.annotations import open_annotated
+from bigseg.annotations import VALIDATION_VOXELS, open_annotated
 from bigseg.blocks import Region
 from bigseg.checkpoint import load_model, read_card
-from bigseg.config import TrainConfig, load_train_config
+from bigseg.config import NormConstants, TrainConfig, load_train_config
 from bigseg.errors import ConfigError, InputError, OutputError
 from bigseg.predict import read_mirrored
 from bigseg.predictor import Encoding
-from bigseg.recipe import make_recipe
+from bigseg.recipe import SourceRecipe, make_recipe
 from bigseg.rules import InstanceRule
 from bigseg.runs import RunFiles, open_run, stored_run
 from bigseg.statistics import normalise
 from bigseg.train_ddp import train
 from bigseg.training import Runtime, learning_rate, run
 from bigseg.tuning import choose_rule
-from bigseg.validation import _in_255ths, judged_objects, validate
+from bigseg.validation import _in_255ths, _surroundings, judged_objects, validate
 
 MILD = {"elastic_vox": 1.0, "elastic_grid_vox": 8.0, "scale": 0.05}
 
@@ -334,6 +334,25 @@ def objects_config(url, **changes) -> TrainConfig:
     return config_of(url, **(settings | changes))
 
 
+def test_the_rule_is_judged_with_what_surrounds_the_held_out_region():
+    source = SourceRecipe(
+        url="a.zarr",
+        shape=(1, 90, 60, 50),
+        train_start=(0, 0, 0, 0),
+        train_stop=(1, 60, 60, 40),
+        val_start=(0, 60, 0, 0),
+        val_stop=(1, 80, 60, 40),
+        constants=NormConstants(offset=(0.0,), scale=(1.0,)),
+        n_annotated=1,
+    )
+    held_out = Region((0, 60, 0, 0), (1, 80, 60, 40))
+    assert _surroundings(source, held_out, 3, n_images=1) == Region((0, 0, 0, 0), (1, 80, 60, 40))
+    # Planes of a 2-D network do not see each other.
+    assert _surroundings(source, held_out, 2, n_images=1) == held_out
+    seen = _surroundings(source, held_out, 3, n_images=50)
+    assert held_out.n_voxels < seen.n_voxels <= VALIDATION_VOXELS // 50
+
+
 def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_path):
     config = objects_config(cells_url, steps=60, val_every=30, batch=4)
     result = here(config, tmp_path / "run")
@@ -347,8 +366,9 @@ def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_
     assert score.score > 0.5
     assert result.instances == (
         f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
-        f"{rule.foreground:g}; on {score.n_objects} held-out objects mean AP "
-        f"{score.average_precision:.4f}, adapted Rand error {score.rand_error:.4f}"
+        f"{rule.foreground:g}, seeds of at least {rule.min_size} voxels; on {score.n_objects} "
+        f"held-out objects mean AP {score.average_precision:.4f}, adapted Rand error "
+        f"{score.rand_error:.4f}"
     )
     # The same network without its rule: nothing but the card differs.
     best, before = load_model(RunFiles(str(tmp_path / "run")).best)
@@ -389,7 +409,9 @@ def test_too_few_held_out_objects_leave_the_default_rule(tmp_path, caplog):
     assert "the validation regions hold fewer than 3 objects, too few to choose a rule" in (
         caplog.text
     )
-    assert result.instances.endswith("foreground 0.5 (the defaults: too few objects to choose by)")
+    assert result.instances.endswith(
+        "foreground 0.5, seeds of at least 1 voxels (the defaults: too few objects to choose by)"
+    )
 
 
 def test_images_of_many_sizes_train_and_whole_ones_validate(tmp_path):

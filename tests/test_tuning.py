@@ -71,8 +71,25 @@ def test_the_score_is_that_of_the_definition_and_no_coarse_rule_is_better(voxel_
         for erode, grow_by in ((0, 0), (0, 4), (1, 2), (2, 8), (3, 4)):
             other = InstanceRule(threshold=threshold, erode=erode, grow=grow_by)
             precision, error = by_definition(parts, other)
-            assert (precision + 1 - error) / 2 <= score.score + 2 * tuning.PLATEAU
+            # Each of three choices may take the middle of a plateau.
+            assert (precision + 1 - error) / 2 <= score.score + 3 * tuning.PLATEAU
     assert choose_rule(parts) == (rule, score)
+
+
+def test_specks_that_are_no_objects_are_told_from_them_by_their_size():
+    clean = part_of((1, 1, 90, 90), 9, gaps=0.5)
+    specks = np.zeros(clean.objects.shape, bool)
+    specks[..., 4::11, 4::11] = True
+    specks &= ndimage.binary_erosion(clean.objects == 0, np.ones((1, 1, 5, 5)))
+    assert specks.sum() > 10
+    probabilities = np.array(clean.probabilities)
+    probabilities[:, specks] = np.array([[3], [250], [2]])
+    dirty = Judged(probabilities, clean.objects, clean.voxel_size)
+    rule, score = choose_rule([dirty])
+    assert rule.min_size > 1 or rule.erode > 0
+    of_any_size = rule.model_copy(update={"min_size": 1, "erode": 0})
+    precision, _ = by_definition([dirty], of_any_size)
+    assert score.average_precision > precision + 0.2
 
 
 def test_objects_that_are_seen_clearly_are_found_whole():
