@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # A step of training takes more memory than this, so validation never decides what fits.
 TILE_BYTES = 512 << 20
+# The rule of instances is tried on so many voxels with their surroundings, once, in the end.
+SURROUNDINGS_VOXELS = 2 * VALIDATION_VOXELS
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def judged_objects(net: UNet, recipe: Recipe, *, device: torch.device) -> list[J
 
 
 def _surroundings(source: SourceRecipe, region: Region, dims: int, *, n_images: int) -> Region:
-    """The region with as much of the annotated part around it as validation may look at.
+    """The region with what is annotated around it, up to `SURROUNDINGS_VOXELS` for all images.
 
     Two objects that run together anywhere are one, within the region too: rules that are judged on
     a thin region by itself are too generous (FIB-25: adapted Rand error 0.38 instead of 0.21).
@@ -104,7 +106,7 @@ def _surroundings(source: SourceRecipe, region: Region, dims: int, *, n_images: 
     while True:
         margin = tuple(8 if axis in axes else 0 for axis in range(4))
         larger = seen.grow(margin, margin).intersect(whole)
-        if larger == seen or larger.n_voxels > VALIDATION_VOXELS // n_images:
+        if larger == seen or larger.n_voxels > SURROUNDINGS_VOXELS // n_images:
             return seen
         seen = larger
 

@@ -12,7 +12,7 @@ import torch
 from helpers import run_command
 from training_data import blobs, write_annotated
 
-from bigseg.annotations import VALIDATION_VOXELS, open_annotated
+from bigseg.annotations import open_annotated
 from bigseg.blocks import Region
 from bigseg.checkpoint import load_model, read_card
 from bigseg.config import NormConstants, TrainConfig, load_train_config
@@ -26,7 +26,13 @@ from bigseg.statistics import normalise
 from bigseg.train_ddp import train
 from bigseg.training import Runtime, learning_rate, run
 from bigseg.tuning import choose_rule
-from bigseg.validation import _in_255ths, _surroundings, judged_objects, validate
+from bigseg.validation import (
+    SURROUNDINGS_VOXELS,
+    _in_255ths,
+    _surroundings,
+    judged_objects,
+    validate,
+)
 
 MILD = {"elastic_vox": 1.0, "elastic_grid_vox": 8.0, "scale": 0.05}
 
@@ -350,7 +356,7 @@ def test_the_rule_is_judged_with_what_surrounds_the_held_out_region():
     # Planes of a 2-D network do not see each other.
     assert _surroundings(source, held_out, 2, n_images=1) == held_out
     seen = _surroundings(source, held_out, 3, n_images=50)
-    assert held_out.n_voxels < seen.n_voxels <= VALIDATION_VOXELS // 50
+    assert held_out.n_voxels < seen.n_voxels <= SURROUNDINGS_VOXELS // 50
 
 
 def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_path):
