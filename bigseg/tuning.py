@@ -13,7 +13,6 @@ neither networks nor volumes.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,8 @@ class RuleScore:
 def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | None:
     """The rule with the best score over all regions; None for fewer than three true objects.
 
-    The same regions give the same rule. Of rules that are equally good the middle one is taken.
+    The same regions give the same rule. Of rules that are equally good the middle one is taken, of
+    smallest seeds the smallest.
     """
     if sum(part.n_objects for part in parts) < FEWEST_OBJECTS:
         return None
@@ -106,8 +106,12 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     foregrounds = [f for f in FOREGROUNDS if abs(f - best.foreground) < 0.15]
     found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, foregrounds))
     best = _middle_of_plateau(found)
-    found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, [best.foreground], SIZES))
-    best = _middle_of_plateau(found)
+    found = _try(
+        parts, _Grid([best.threshold], [best.erode], [best.grow], [best.foreground], SIZES)
+    )
+    enough = max(of.score for of in found.values()) - PLATEAU
+    # Of sizes that are equally good the smallest: small objects may be missing here by chance.
+    best = min((r for r, of in found.items() if of.score >= enough), key=lambda r: r.min_size)
     return best, found[best]
 
 
@@ -197,11 +201,6 @@ def _middle_of_plateau(
     """Of the rules that are as good as the best, the one nearest to their mean."""
     enough = max(of.score for of in found.values()) - tolerance
     plateau = [rule for rule, of in found.items() if of.score >= enough]
-    places = np.array(
-        [
-            (10 * r.threshold, r.erode, r.grow, 10 * r.foreground, math.log2(r.min_size))
-            for r in plateau
-        ]
-    )
+    places = np.array([(10 * r.threshold, r.erode, r.grow, 10 * r.foreground) for r in plateau])
     distances = ((places - places.mean(axis=0)) ** 2).sum(axis=1).round(6)
     return plateau[int(distances.argmin())]
