@@ -71,6 +71,8 @@ def main() -> None:
                 output=output,  # type: ignore[arg-type]
                 rule=RuleOptions(erode=1, grow=3) if output == "instances" else RuleOptions(),
                 block=block,
+                # A network of one voxel has no tile of its own, and the tile decides the chunks.
+                tile=block if output == "instances" else None,
                 workers=options.workers,
                 engine="openvino",
                 overwrite=True,
