@@ -26,8 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not (DATA / "fib25").is_dir(), reason=f"the real data are not at {DATA}"),
 ]
 RULES = [
-    {"threshold": 0.5, "erode": 1, "grow": 4},
-    {"threshold": 0.8, "erode": 0, "grow": 2, "neighbours": 26, "fill_holes": True},
+    {"threshold": 0.5, "erode": 1, "grow": 4, "min_size": 1},
+    {"threshold": 0.8, "erode": 0, "grow": 2, "min_size": 1, "neighbours": 26, "fill_holes": True},
 ]
 
 
