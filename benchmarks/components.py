@@ -4,21 +4,24 @@
 
 The volume is a mask of smoothed noise in shared memory. bigseg's way: every block by itself, faces,
 pairs, numbers, and the numbers written into one uint32 volume, by two processes; cc3d labels the
-whole with one thread; dask-image and scipy as their users run them, where they are installed. Every
+whole with one thread; dask-image as its users run it, where a Python that has it is given. Every
 way gives the same components; ours is compared voxel by voxel with cc3d's, numbered anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cc3d
@@ -62,20 +65,46 @@ def main() -> None:
     ) as pool:
         list(pool.map(_nothing, range(4 * options.workers)))
         for _ in range(options.repeats):
-            seconds["cc3d"].append(
-                _timed(lambda: cc3d.connected_components(mask[0], connectivity=6))
-            )
+            whole = functools.partial(cc3d.connected_components, mask[0], connectivity=6)
+            seconds["cc3d"].append(_timed(whole))
             seconds["bigseg"].append(_timed(lambda: _blockwise(pool, grid, shape)))
-            for name, time_s in _peers(options.peer_python, names[0], shape).items():
+            for name, time_s in _peers(options.peer_python, mask).items():
                 seconds.setdefault(name, []).append(time_s)
     truth, n = components(mask != 0, dims=3, connectivity=1)
     assert np.array_equal(ids, truth), "the ways differ"
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     found = {"components": n, "blocks": len(grid), "medians_s": medians}
     found["of cc3d"] = {name: round(value / medians["cc3d"], 3) for name, value in medians.items()}
+    found["parts_s of one process"] = _parts(mask, ids, grid)
     print(json.dumps(found, indent=2))
+    del mask, ids
     for memory in _HELD.values():
         memory.unlink()
+
+
+def _parts(mask: NDArray[Any], ids: NDArray[Any], grid: BlockGrid) -> dict[str, float]:
+    """Seconds of each step over all blocks, one after the other in this process."""
+    seconds: dict[str, float] = {}
+    found: dict[int, BlockComponents] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work gives
+        started = time.perf_counter()
+        result = work()
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+        return result
+
+    for block in grid:
+        part, core = np.ascontiguousarray(mask[block.core.slices]), block.core
+        timed("cc3d", functools.partial(cc3d.connected_components, part[0], connectivity=6))
+        of_block, _ = timed("components", lambda p=part: components(p != 0, dims=3, connectivity=1))
+        found[block.index] = timed(
+            "describe", lambda b=of_block, c=core: describe(b, c, mask.shape, axes=ADJACENCY.axes)
+        )
+        timed("write ids", lambda b=of_block, c=core: ids.__setitem__(c.slices, b))
+    numbers = timed("pairs and numbers", lambda: _numbers(grid, mask.shape, found)[1])
+    for block in grid:
+        timed("write numbers", lambda b=block: _renumber(ids, b.core, numbers[b.index]))
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _blobs(shape: Vec) -> NDArray[np.bool_]:
@@ -118,15 +147,22 @@ def _blockwise(pool: ProcessPoolExecutor, grid: BlockGrid, shape: Vec) -> int:
     found: dict[int, BlockComponents] = {}
     for block, table in zip(grid, pool.map(_label, (b.core for b in grid)), strict=True):
         found[block.index] = table
+    n, numbers = _numbers(grid, shape, found)
+    list(pool.map(_renumber_shared, (b.core for b in grid), (numbers[b.index] for b in grid)))
+    return n
+
+
+def _numbers(
+    grid: BlockGrid, shape: Vec, found: dict[int, BlockComponents]
+) -> tuple[int, dict[int, NDArray[np.uint64]]]:
+    """How many components there are in all, and the numbers of those of each block."""
     pairs = {
         i: [(j, equal_pairs(found[i], found[j], d, ADJACENCY)) for d, j in _beside(grid, i)]
         for i in found
     }
-    numbers: dict[int, Any] = {}
+    numbers: dict[int, NDArray[np.uint64]] = {}
     tables = Tables(grid, shape, found.__getitem__, pairs.__getitem__)
-    n = number(tables, numbers.__setitem__, min_size=1)
-    list(pool.map(_renumber, (b.core for b in grid), (numbers[b.index] for b in grid)))
-    return n
+    return number(tables, numbers.__setitem__, min_size=1), numbers
 
 
 def _beside(grid: BlockGrid, block: int) -> Iterator[tuple[Vec, int]]:
@@ -140,20 +176,24 @@ def _label(core: Region) -> BlockComponents:
     return describe(ids, core, _HELD["mask"].shape, axes=ADJACENCY.axes)
 
 
-def _renumber(core: Region, numbers: NDArray[np.uint64]) -> None:
+def _renumber_shared(core: Region, numbers: NDArray[np.uint64]) -> None:
+    _renumber(_HELD["ids"], core, numbers)
+
+
+def _renumber(ids: NDArray[Any], core: Region, numbers: NDArray[np.uint64]) -> None:
     table = np.concatenate([np.zeros(1, np.uint32), numbers.astype(np.uint32)])
-    part = _HELD["ids"][core.slices]
+    part = ids[core.slices]
     part[:] = table[part]
 
 
-def _peers(python: str | None, mask: str, shape: Vec) -> dict[str, float]:
+def _peers(python: str | None, mask: NDArray[Any]) -> dict[str, float]:
     """Seconds of others, each in a process of its own."""
     if python is None:
         return {}
-    words = [python, __file__.replace("components.py", "peer_components.py"), mask]
-    done = subprocess.run(
-        [*words, ",".join(map(str, shape))], capture_output=True, text=True, check=True
-    )
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        np.save(Path(folder, "mask.npy"), mask[0])
+        words = [python, str(Path(__file__).with_name("peer_components.py")), f"{folder}/mask.npy"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 
 from bigseg.blocks import BlockGrid, Region
 from bigseg.checkpoint import save_model
-from bigseg.config import ModelCard, NormRule, SegmentConfig, UNetSpec
+from bigseg.config import ModelCard, SegmentConfig, UNetSpec
 from bigseg.model import UNet
 from bigseg.on_ray import segment_on_ray
 from bigseg.progress import NullProgress
@@ -34,6 +33,11 @@ from bigseg.rules import RuleOptions
 from bigseg.sample import make_sample
 from bigseg.targets import BORDER, INSIDE, boundary
 from bigseg.volume import OutputSpec, create_pyramid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from planting import BACKGROUND, write_planting_model
+from planting import BORDER as PAINTED_BORDER
+from planting import INSIDE as PAINTED_INSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,53 +55,61 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--block", default="128,128,256")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="bigseg-bench-"))
-    shape = tuple(map(int, options.shape.split(",")))
-    image = make_sample(str(folder / "image.zarr"), shape=shape, seed=0, progress=NullProgress())
-    painted = paint(image, str(folder / "painted.zarr"))
-    block = tuple(map(int, options.block.split(",")))
-    jobs = {
-        "network": (image.url, network(folder / "network.safetensors"), "labels"),
-        "objects": (painted, painter(folder / "painter.safetensors"), "instances"),
-    }
-    seconds: dict[str, list[float]] = {}
-    n_objects = None
-    for _ in range(options.repeats):
-        for name, (url, model, output) in jobs.items():
-            config = SegmentConfig(
-                image=url,
-                model=model,
-                out=str(folder / f"{name}.zarr"),
-                output=output,  # type: ignore[arg-type]
-                rule=RuleOptions(erode=1, grow=3) if output == "instances" else RuleOptions(),
-                block=block,
-                # A network of one voxel has no tile of its own, and the tile decides the chunks.
-                tile=block if output == "instances" else None,
-                workers=options.workers,
-                engine="openvino",
-                overwrite=True,
-            )
-            clock = StageClock()
-            result = segment_on_ray(config, clock)
-            n_objects = result.n_objects or n_objects
-            for stage, time_s in clock.seconds.items():
-                seconds.setdefault(f"{name} {stage}", []).append(time_s)
-    shutil.rmtree(folder)
+    shape, block = (tuple(map(int, text.split(","))) for text in (options.shape, options.block))
+    with tempfile.TemporaryDirectory(prefix="bigseg-bench-") as folder:
+        jobs = jobs_in(Path(folder), shape, block, options.workers)
+        seconds: dict[str, list[float]] = {}
+        for _ in range(options.repeats):
+            for name, config in jobs.items():
+                clock = StageClock()
+                result = segment_on_ray(config, clock)
+                for stage, time_s in clock.seconds.items():
+                    seconds.setdefault(f"{name} {stage}", []).append(time_s)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     predict = medians["network predict"]
     later = {k: medians[f"objects {k}"] for k in ("seeds", "stitch", "number", "grow", "objects")}
     found: dict[str, Any] = {
         "shape": shape,
-        "objects": n_objects,
+        "objects": result.n_objects,
         "medians_s": {name: round(value, 3) for name, value in medians.items()},
         "stitch and number of predict": round((later["stitch"] + later["number"]) / predict, 4),
         "all of predict": round(sum(later.values()) / predict, 4),
     }
-    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+def jobs_in(
+    folder: Path, shape: tuple[int, ...], block: tuple[int, ...], workers: int
+) -> dict[str, SegmentConfig]:
+    """The network on the tissue, and the objects of what is painted of its true cells."""
+    image = make_sample(str(folder / "image.zarr"), shape=shape, seed=0, progress=NullProgress())
+    common: dict[str, Any] = {
+        "block": block,
+        "workers": workers,
+        "engine": "openvino",
+        "overwrite": True,
+    }
+    return {
+        "network": SegmentConfig(
+            image=image.url,
+            model=network(folder / "network.safetensors"),
+            out=str(folder / "network.zarr"),
+            **common,
+        ),
+        "objects": SegmentConfig(
+            image=paint(image, str(folder / "painted.zarr")),
+            model=write_planting_model(folder / "painter.safetensors"),
+            out=str(folder / "objects.zarr"),
+            rule=RuleOptions(erode=1, grow=3),
+            # A network of one voxel has no tile of its own, and the tile decides the chunks.
+            tile=block,
+            **common,
+        ),
+    }
 
 
 def paint(image: Volume, url: str) -> str:
-    """An image of 0 background, 1 border, 2 inside of the true cells."""
+    """An image of the true cells as the planting network reads it."""
     cells = image.label("cells")
     spec = OutputSpec(np.dtype(np.uint8), (1, 64, 64, 64), None, ("painted",), {})
     painted = create_pyramid(image, url, spec, name="painted")
@@ -105,8 +117,11 @@ def paint(image: Volume, url: str) -> str:
     for block in grid:
         around = block.core.grow((0, *(MARGIN,) * 3), (0, *(MARGIN,) * 3)).intersect(grid.region)
         classes = boundary(cells.read(around)[0, 0].astype(np.int64), border_vox=2.0)
-        values = np.select([classes == INSIDE, classes == BORDER], [2, 1], 0).astype(np.uint8)
-        part = values[None, None][(slice(None), *block.core.relative_to(around.start).slices)]
+        painted_as = [PAINTED_INSIDE, PAINTED_BORDER]
+        values = np.select([classes == INSIDE, classes == BORDER], painted_as, BACKGROUND)
+        part = values.astype(np.uint8)[None, None][
+            (slice(None), *block.core.relative_to(around.start).slices)
+        ]
         painted.write(block.core, part)
     return painted.url
 
@@ -117,35 +132,6 @@ def network(path: Path) -> str:
     spec = UNetSpec.build(3, out_channels=3, depth=3, width=16)
     net = UNet(spec).eval()
     save_model(str(path), net, ModelCard(spec=spec, classes=("background", "inside", "border")))
-    return str(path)
-
-
-def painter(path: Path) -> str:
-    """A network that says which of the three intensities it sees."""
-    spec = UNetSpec(
-        dims=3,
-        out_channels=3,
-        widths=(3,),
-        kernels=((1, 1, 1),),
-        strides=(),
-        n_convs=1,
-        norm="none",
-    )
-    net = UNet(spec)
-    weights = dict(net.named_parameters())
-    with torch.no_grad():
-        weights["down.0.0.weight"].copy_(torch.tensor([1.0, 1.0, -1.0]).reshape(3, 1, 1, 1, 1))
-        weights["down.0.0.bias"].copy_(torch.tensor([0.0, -1.0, 1.0]))
-        head = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, -2.0, 0.0]])
-        weights["head.weight"].copy_(50 * head.reshape(3, 3, 1, 1, 1))
-        weights["head.bias"].zero_()
-    card = ModelCard(
-        spec=spec,
-        classes=("background", "inside", "border"),
-        task="instances",
-        norm=NormRule(kind="fixed", offset=0.0, scale=1.0),
-    )
-    save_model(str(path), net.eval(), card)
     return str(path)
 
 

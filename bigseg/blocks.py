@@ -41,6 +41,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n that is nearest to `wanted`, by their ratio."""
+    divisors = (d for d in range(1, n + 1) if n % d == 0)
+    return min(divisors, key=lambda d: max(d / wanted, wanted / d))
+
+
 def round_up(n: int, unit: int) -> int:
     """The smallest multiple of `unit` that is at least n."""
     return ceil_div(n, unit) * unit

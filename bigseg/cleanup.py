@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from bigseg import durable, store
 from bigseg.errors import InputError, InputNotFoundError, LockedError, OutputError
 from bigseg.lock import Lock, lock_url, read_lock
-from bigseg.results import remove_result, remove_scratch_left, scratch_left
+from bigseg.results import remove_result
+from bigseg.scratch import remove_scratch, scratch_at
 from bigseg.status import Status, image_of, open_result, read_status
 
 if TYPE_CHECKING:
@@ -99,14 +100,15 @@ def find_leftovers(url: str) -> Leftovers:
         _refuse_foreign(url, n_partials=len(partials))
     status = read_status(url) if is_begun and not store.is_empty(url) else None
     deletes_result = is_begun and not _is_finished(url)
-    scratch = scratch_left(url) if is_begun and not deletes_result else None
-    whole = url if deletes_result else scratch
-    files = {*of_lock, *partials, *(_files(whole) if whole else ())}
+    # In a finished result it is of no use.
+    has_scratch = is_begun and not deletes_result and store.exists(scratch_at(url))
+    whole = [url] if deletes_result else [scratch_at(url)] if has_scratch else []
+    files = {*of_lock, *partials, *(file for place in whole for file in _files(place))}
     return Leftovers(
         url=url,
         status=status,
         deletes_result=deletes_result,
-        has_scratch=scratch is not None,
+        has_scratch=has_scratch,
         has_lock=lock is not None,
         n_partials=len(partials) + len(of_lock),
         n_bytes=sum(map(_size_of, files)) if store.is_local(url) else None,
@@ -127,7 +129,7 @@ def remove_leftovers(leftovers: Leftovers) -> None:
             partial.unlink(missing_ok=True)
         # A run may have finished it since, or taken it up again.
         if leftovers.has_scratch and _is_finished(url):
-            remove_scratch_left(url)
+            remove_scratch(url)
         if not leftovers.deletes_result or _is_finished(url):
             return
         if store.is_empty(url):

@@ -29,6 +29,7 @@ LARGEST_KERNEL = 63
 Positive = Annotated[int, Field(ge=1)]
 Axes = tuple[int, ...]
 OnBadChunk = Literal["set-aside", "fill"]
+OutputKind = Literal["labels", "probabilities", "instances"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -280,7 +281,7 @@ class SegmentConfig(Settings):
     model: Location
     name: str = "bigseg"
     out: Location | None = None
-    output: Literal["labels", "probabilities", "instances"] | None = None
+    output: OutputKind | None = None
     rule: RuleOptions = RuleOptions()
     keep_probabilities: bool = False
     prob_dtype: Literal["uint8", "float16", "float32"] = "uint8"

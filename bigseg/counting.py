@@ -19,7 +19,7 @@ from bigseg.joining import Tables
 from bigseg.ledger import checksum_of
 from bigseg.objects import ObjectSums
 from bigseg.packing import pack, unpack
-from bigseg.plan import CLOSE, HOLES, NUMBER, OBJECTS, SEEDS, Plan, output_spec
+from bigseg.plan import CLOSE, HOLES, NUMBER, OBJECTS, SEEDS, Plan, output_spec, smallest_type
 from bigseg.scratch import BlockFiles
 from bigseg.seed_stages import ComponentFiles
 from bigseg.table import TableSpec, objects_url, write_table
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COUNT = "count"
-# Of table rows and components that the driver holds, whatever the size of the volume.
-MEMORY_BYTES = 256 << 20
 
 
 def carry_out_alone(plan: Plan, stage: str, guard: Callable[[], None]) -> int:
@@ -61,11 +59,6 @@ def read_count(plan: Plan) -> int:
     return int(unpack(data, COUNT, most_bytes=8)[COUNT][0])
 
 
-def smallest_type(n: int) -> str:
-    """The smallest unsigned type that holds n."""
-    return str(np.min_scalar_type(n))
-
-
 def _number(plan: Plan, guard: Callable[[], None]) -> int:
     assert plan.instances is not None
     rule = plan.instances.rule
@@ -73,12 +66,11 @@ def _number(plan: Plan, guard: Callable[[], None]) -> int:
         _tables(plan, SEEDS),
         _writer(plan, NUMBER, guard),
         min_size=rule.min_size,
-        memory_bytes=MEMORY_BYTES,
     )
     guard()
     data = pack(COUNT, {COUNT: np.array([n], np.uint64)})
     BlockFiles.of(plan, COUNT).write(0, data)
-    dtype = smallest_type(n)
+    dtype = str(smallest_type(n))
     if rule.fill_holes:
         scratch.create_array(plan, scratch.array_url(plan, scratch.GROWN), dtype)
         scratch.create_array(plan, scratch.array_url(plan, scratch.GAPS), "uint32")
@@ -130,6 +122,5 @@ def _write_table(plan: Plan) -> int:
         n_blocks=len(plan.grid),
         n_objects=n,
         spec=spec,
-        memory_bytes=MEMORY_BYTES,
     )
     return 1

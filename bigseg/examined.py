@@ -83,12 +83,8 @@ class Examined:
 
     def _finer_than(self, stage: str) -> str:
         """The stage that wrote the level below."""
-        wanted = self.levels[stage].level - 1
-        return next(
-            name
-            for name, level in self.levels.items()
-            if level.level == wanted and level.url == self.levels[stage].url
-        )
+        finer = self.levels[stage].level - 1
+        return f"pyramid-{finer}" if finer else self.plan.finest_stage
 
     def read(self, stage: str, region: Region) -> NDArray[Any]:
         """What is stored at a region of the level that a stage made (c, t, z, y, x)."""
@@ -200,6 +196,7 @@ class Examined:
         return all(
             ledger.checksum(stage, block) == self.marks[stage][block]
             for stage, blocks in self.wrong.items()
+            if stage in self.marks
             for block in blocks
         )
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from bigseg.blocks import Region, Vec
 
 N_AXES = 4
-NO_OWNER = 0
-MANY_OWNERS = 2**64 - 1
 _COMPONENTS, _PAIRS = "components", "pairs"
 _ID_BITS = np.uint64(32)
 
@@ -48,8 +46,8 @@ class BlockComponents:
         first: raster index in the whole volume of each one's first voxel, uint64, ascending.
         planes: local ids (0: none) of the outermost plane on a side (0 or 1) of an axis, uint32,
             without that axis; the two of a core one voxel thick are the same.
-        owners: for holes, the only label beside each component, uint64; NO_OWNER where none was
-            seen, MANY_OWNERS where there are several, or the end of the volume.
+        owners: for holes, the only label beside each component, uint64; NOBODY where none was
+            seen, SEVERAL where there are several, or the end of the volume (instances.py).
     """
 
     core: Region

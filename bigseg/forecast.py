@@ -33,8 +33,8 @@ class Forecast:
     `useful_flops` are those of the network on each voxel of the region once; `computed_flops` also
     count halos and what lies beyond the region. `fetched_bytes` are decoded bytes of chunks, each
     time they are fetched; `volume_bytes` those of the region once. `written_bytes` are before
-    compression, and so are `scratch_bytes`, which are deleted in the end. `seconds` is None where
-    no rate is known.
+    compression, and so are `scratch_bytes`, which are deleted in the end. `table_bytes` are decoded
+    a second time, for the intensities of objects. `seconds` is None where no rate is known.
     """
 
     plan: Plan
@@ -47,6 +47,7 @@ class Forecast:
     fetched_bytes: int
     written_bytes: int
     scratch_bytes: int
+    table_bytes: int
     memory_bytes: int
     seconds: float | None = None
 
@@ -94,7 +95,9 @@ class Forecast:
         return {
             "scratch": f"{format_bytes(self.scratch_bytes)} before compression, deleted in the end",
             "objects": f"inside ≥ {rule.threshold:g}, eroded by {rule.erode} steps, grown by "
-            f"{rule.grow} where background ≤ {1 - rule.foreground:g}{link}{holes}",
+            f"{rule.grow} where background ≤ {1 - rule.foreground:g}, seeds of at least "
+            f"{rule.min_size} voxels{link}{holes}",
+            "table": f"{format_bytes(self.table_bytes)} decoded for the intensities of objects",
         }
 
 
@@ -121,6 +124,7 @@ def make_forecast(plan: Plan, *, n_workers: int, flops_a_second: float | None = 
         fetched_bytes=_fetched(plan, geometry, n_workers),
         written_bytes=plan.region.n_voxels * (plan.output.voxel_bytes + _kept_bytes(plan)),
         scratch_bytes=plan.region.n_voxels * _scratch_bytes(plan),
+        table_bytes=_table_bytes(plan) if plan.instances else 0,
         memory_bytes=int(memory.needs(geometry.output)) + plan.cache_bytes,
         seconds=None if rate is None else computed / rate,
     )
@@ -138,6 +142,20 @@ def _scratch_bytes(plan: Plan) -> int:
     # Codes, seeds; where holes are filled the labels before, and the background in pieces.
     codes = 0 if plan.instances.keep_probabilities else 1
     return codes + 4 + (8 + 4 if plan.instances.rule.fill_holes else 0)
+
+
+def _table_bytes(plan: Plan) -> int:
+    """Decoded bytes of all channels that blocks read once more, each for itself."""
+    source = open_volume(plan.source.url, level=plan.source.level)
+    n_bytes = source.n_channels * source.dtype.itemsize
+    grid = plan.clipped_grid
+    # Along each axis by itself: blocks and chunks are products of intervals.
+    for a, lengths, c, n in zip(
+        plan.region_start, grid.chunks, source.chunk_shape, source.shape, strict=True
+    ):
+        cuts = itertools.pairwise(itertools.accumulate(lengths, initial=a))
+        n_bytes *= sum(min(n, -(-stop // c) * c) - start // c * c for start, stop in cuts)
+    return n_bytes
 
 
 def _type(plan: Plan) -> str:

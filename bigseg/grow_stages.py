@@ -56,7 +56,9 @@ class LabelStage(ThreadStage):
         inner = values[core.relative_to(block.core.start).slices]
         if values.any():
             channels = range(self._source.n_channels)
-            sums = sums_of(inner, self._source.read(core, channels), core)
+            image = self._source.read(core, channels)
+            self.fetched.add(image.nbytes)
+            sums = sums_of(inner, image, core)
             self._filled[block.index] = self._source.filled_in(core, channels)
         else:
             sums = ObjectSums.empty(self._source.n_channels, self._source.dtype)

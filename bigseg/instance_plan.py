@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from bigseg.blocks import nearest_divisor
 from bigseg.errors import UsageError
 from bigseg.plan import InstancePlan
 from bigseg.rules import InstanceRule
+from bigseg.steps import Steps
 
 if TYPE_CHECKING:
     from bigseg.blocks import Vec
-    from bigseg.config import ModelCard, SegmentConfig
+    from bigseg.config import ModelCard, OutputKind, SegmentConfig
     from bigseg.rules import RuleOptions
     from bigseg.volume import Volume
-
-Kind = Literal["labels", "probabilities", "instances"]
 
 # What a neighbour decodes too much of for a margin of a few voxels stays small.
 SCRATCH_SIDE = {2: 128, 3: 32}
 
 
-def kind_of(config: SegmentConfig, card: ModelCard) -> Kind:
+def kind_of(config: SegmentConfig, card: ModelCard) -> OutputKind:
     """What the user asked for, else what the model was trained for."""
     return config.output or ("instances" if card.task == "instances" else "labels")
 
@@ -47,14 +47,13 @@ def plan_instances(
         _refuse(config, kind_of(config, card))
         return None
     dims = card.spec.dims
-    size = source.scale[-dims:]
     sides = [SCRATCH_SIDE[dims] if axis >= 4 - dims else 1 for axis in range(4)]
     plan = InstancePlan(
         rule=card.instances or InstanceRule(),
         dims=dims,
-        ratios=tuple(s / min(size) for s in size),
+        ratios=Steps.of(source.scale[-dims:]).ratios,
         keep_probabilities=config.keep_probabilities,
-        chunk=tuple(_divisor(c, side) for c, side in zip(core, sides, strict=True)),
+        chunk=tuple(nearest_divisor(c, side) for c, side in zip(core, sides, strict=True)),
     )
     return with_rule(plan, config.rule, source)
 
@@ -86,9 +85,3 @@ def _refuse(config: SegmentConfig, kind: str) -> None:
             f"--{option.replace('_', '-')} says how objects are made, and {kind} are asked for: "
             "leave it out, or add --output instances"
         )
-
-
-def _divisor(length: int, wanted: int) -> int:
-    """The divisor of a length that is nearest to `wanted`, by their ratio."""
-    divisors = (d for d in range(1, length + 1) if length % d == 0)
-    return min(divisors, key=lambda d: max(d / wanted, wanted / d))

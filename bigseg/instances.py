@@ -24,6 +24,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from bigseg.rules import n_neighbours
 from bigseg.steps import Steps, as_stacks, erode, grow
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bigseg.rules import InstanceRule
+    from bigseg.rules import InstanceRule, Neighbours
 
 Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 
@@ -57,16 +58,6 @@ NOBODY = 0
 SEVERAL = np.iinfo(np.uint64).max
 """Owners of a hole that has no label beside it, and of one that nobody encloses alone."""
 
-# How many neighbours a voxel has, by the axes of a component and those along which they may differ.
-_Neighbours = Literal[4, 6, 8, 18, 26]
-_NEIGHBOURS: dict[tuple[int, int], _Neighbours] = {
-    (2, 1): 4,
-    (2, 2): 8,
-    (2, 3): 8,
-    (3, 1): 6,
-    (3, 2): 18,
-    (3, 3): 26,
-}
 _TIME, _Z = 0, 1
 
 
@@ -100,14 +91,14 @@ def components(
     if not mask.size:
         return np.zeros(mask.shape, np.uint32), 0
     stack = as_stacks(np.ascontiguousarray(mask).view(np.uint8), dims)
-    ids, n = _label(stack, _NEIGHBOURS[dims, connectivity])
+    ids, n = _label(stack, n_neighbours(dims, connectivity))
     ids = in_raster_order(ids.reshape(mask.shape))
     if link == "t" or (link == "z" and dims == 2):
         return _joined(ids, n, axis=_TIME if link == "t" else _Z)
     return ids, n
 
 
-def _label(stack: NDArray[np.uint8], neighbours: _Neighbours) -> tuple[NDArray[np.uint32], int]:
+def _label(stack: NDArray[np.uint8], neighbours: Neighbours) -> tuple[NDArray[np.uint32], int]:
     """The components of each part of the stack, and how many there are in all."""
     n_parts, length, *others = stack.shape
     if n_parts > 1:

@@ -17,7 +17,7 @@ import numpy as np
 
 from bigseg import store
 from bigseg.blocks import BlockGrid, Region, Vec, ceil_div, round_up
-from bigseg.config import ModelCard, NormConstants, OnBadChunk
+from bigseg.config import ModelCard, NormConstants, OnBadChunk, OutputKind
 from bigseg.cost import MemoryModel
 from bigseg.empty import EmptyRule
 from bigseg.engine import EngineSpec
@@ -98,7 +98,7 @@ class OutputPlan(Settings):
     """
 
     url: str
-    kind: Literal["labels", "probabilities", "instances"]
+    kind: OutputKind
     name: str
     beside: bool
     dtype: str
@@ -276,6 +276,11 @@ def stage_grids(plan: Plan) -> dict[str, BlockGrid]:
     return grids
 
 
+def smallest_type(n: int) -> np.dtype[Any]:
+    """The type of labels up to n: the smallest unsigned one that holds it."""
+    return np.min_scalar_type(n)
+
+
 @dataclass(frozen=True)
 class PlannedLevel:
     """A level of an output that need not be there yet; shapes along t, z, y, x."""
@@ -294,17 +299,16 @@ def planned_level(plan: Plan, shape: Vec) -> PlannedLevel:
 
 
 def _levels(plan: Plan) -> list[Volume | PlannedLevel]:
+    if plan.instances is None:
+        finest = open_volume(plan.output.url)
+        return [finest.at(k) for k in range(finest.n_levels)]
     try:
         finest = open_volume(plan.output.url)
     except InputError:
         # Instances get their arrays when they have been counted.
-        source = open_volume(plan.source.url, level=plan.source.level)
-        shapes = [source.at(k).shape for k in range(source.level, source.n_levels)]
-    else:
-        if plan.instances is None:
-            return [finest.at(k) for k in range(finest.n_levels)]
-        shapes = [finest.at(k).shape for k in range(finest.n_levels)]
-    return [planned_level(plan, shape) for shape in shapes]
+        finest = open_volume(plan.source.url, level=plan.source.level)
+    levels = range(finest.level, finest.n_levels)
+    return [planned_level(plan, finest.at(k).shape) for k in levels]
 
 
 def pyramid_grid(

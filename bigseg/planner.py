@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg import store
-from bigseg.blocks import Region, Vec, ceil_div, core_shape, parse_region, round_up
+from bigseg.blocks import (
+    Region,
+    Vec,
+    ceil_div,
+    core_shape,
+    nearest_divisor,
+    parse_region,
+    round_up,
+)
 from bigseg.checkpoint import hash_model, read_card
 from bigseg.config import NormConstants
 from bigseg.cost import MemoryModel, default_beam, default_tile
@@ -282,10 +290,8 @@ def _choose_output(asked: _Asked, source: Volume, tile: Vec) -> OutputPlan:
             "image must have its own size: say where a store of their own goes with --out"
         )
     url = locate_output(config)
-    dtype, n_channels = predicted_type(asked.config, asked.card)
-    if kind == "instances":
-        # As large as it can become.
-        dtype, n_channels = "uint64", 1
+    of_instances = ("uint64", 1)  # at most
+    dtype, n_channels = of_instances if kind == "instances" else predicted_type(config, card)
     chunk = tuple(
         _chunk_side(t, n, CHUNK_SIDE[card.spec.dims])
         for t, n in zip(tile, source.shape, strict=True)
@@ -307,8 +313,7 @@ def _chunk_side(tile: int, length: int, wanted: int) -> int:
     """The side nearest to `wanted` that cuts a tile, or an axis within one tile, equally."""
     if length <= tile:
         return ceil_div(length, max(1, round(length / wanted)))
-    divisors = (d for d in range(1, tile + 1) if tile % d == 0)
-    return min(divisors, key=lambda d: max(d / wanted, wanted / d))
+    return nearest_divisor(tile, wanted)
 
 
 def _choose_shard(source: Volume, tile: Vec, chunk: Vec, most_voxels: int) -> Vec | None:

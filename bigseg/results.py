@@ -22,7 +22,6 @@ from bigseg.scratch import (
     has_scratch,
     predicted_url,
     remove_scratch,
-    scratch_at,
 )
 from bigseg.settings import parse_settings
 from bigseg.table import objects_url
@@ -148,21 +147,6 @@ def restore_scratch(plan: Plan, ledger: Ledger) -> None:
         ledger.unmark(stage, range(n_blocks))
     remove_scratch(plan.output.url)
     create_scratch(plan)
-
-
-def scratch_left(url: str) -> str | None:
-    """Where scratch space lies in a result, if any; in a finished one it is of no use."""
-    place = scratch_at(url)
-    return place if store.exists(place) else None
-
-
-def remove_scratch_left(url: str) -> None:
-    """Delete the scratch space of a finished result.
-
-    Raises:
-        OutputError: it cannot be deleted.
-    """
-    remove_scratch(url)
 
 
 def has_probabilities(plan: Plan) -> bool:

@@ -10,8 +10,9 @@ from pydantic import Field
 from bigseg.errors import UsageError
 from bigseg.settings import Settings
 
+Neighbours = Literal[4, 6, 8, 18, 26]
 # How many neighbours a voxel has, and along how many axes at most they differ from it.
-NEIGHBOURS = {2: {4: 1, 8: 2}, 3: {6: 1, 18: 2, 26: 3}}
+NEIGHBOURS: dict[int, dict[Neighbours, int]] = {2: {4: 1, 8: 2}, 3: {6: 1, 18: 2, 26: 3}}
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -64,7 +65,7 @@ class RuleOptions(Settings):
     erode: Annotated[int, Field(ge=0, le=64)] | None = None
     grow: Annotated[int, Field(ge=0, le=64)] | None = None
     min_size: Positive | None = None
-    neighbours: Literal[4, 6, 8, 18, 26] | None = None
+    neighbours: Neighbours | None = None
     link: Literal["z", "t", "none"] | None = None
     fill_holes: bool | None = None
 
@@ -87,3 +88,8 @@ class RuleOptions(Settings):
                 )
             said["connectivity"] = NEIGHBOURS[dims][n]
         return rule.model_copy(update=said)
+
+
+def n_neighbours(dims: int, connectivity: int) -> Neighbours:
+    """How many neighbours a voxel has in planes (`dims` 2) or volumes (3)."""
+    return max(n for n, axes in NEIGHBOURS[dims].items() if axes <= connectivity)

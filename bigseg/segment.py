@@ -200,17 +200,15 @@ def carry_out(
     spent: dict[str, Spent] = {}
     for stage, grid in grids.items():
         pending = ledger.pending(stage)
-        if not pending.any():
-            continue
         n_done = len(grid) - int(np.count_nonzero(pending))
+        if n_done == len(grid):
+            continue
         with progress.task(stage, total=len(grid), unit="blocks", done=n_done) as task:
             if stage in ALONE:
-                ledger.mark(stage, 0, carry_out_alone(plan, stage, ledger.check))
-                ledger.flush()
-                task.advance(1)
-                continue
-            follower = _Follower(ledger, stage, grid, plan, task, note)
-            spent[stage] = follower.follow(executor.run(stage, pending, stop), failed)
+                _carry_out_alone(plan, stage, ledger, task)
+            else:
+                follower = _Follower(ledger, stage, grid, plan, task, note)
+                spent[stage] = follower.follow(executor.run(stage, pending, stop), failed)
         if stop.is_set() or ledger.n_done(stage) < len(grid):
             break
     n_done, n_blocks = sum(map(ledger.n_done, grids)), sum(map(len, grids.values()))
@@ -231,6 +229,13 @@ def carry_out(
     if result.is_complete:
         _complete(result, ledger, executor, spent)
     return result
+
+
+def _carry_out_alone(plan: Plan, stage: str, ledger: Ledger, task: Task) -> None:
+    """Do a stage that is one block of the driver's."""
+    ledger.mark(stage, 0, carry_out_alone(plan, stage, ledger.check))
+    ledger.flush()
+    task.advance(1)
 
 
 def _count_objects(plan: Plan, ledger: Ledger) -> int | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigseg import layout, store
 from bigseg.errors import InputError
 from bigseg.findings import Check, Finding
-from bigseg.plan import stage_grids
+from bigseg.plan import OBJECTS, smallest_type, stage_grids
+from bigseg.table import objects_url
 from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from bigseg.volume import Volume
 
 
-# The stage of findings about the list of labels, which do not hinder the other checks.
 LIST = "list"
+# The stages of findings about what lies beside the voxels, which do not hinder the other checks.
+BESIDE = (LIST, OBJECTS)
 
 
 def check_metadata(plan: Plan, ledger: Ledger, *, image: str | None) -> Check:
@@ -35,10 +37,11 @@ def check_metadata(plan: Plan, ledger: Ledger, *, image: str | None) -> Check:
     except InputError as error:
         return Check("metadata", 0, (_fault(str(error)),))
     findings = [*_image_faults(plan, ledger, finest), *_list_faults(plan, ledger, image)]
+    findings += _table_faults(plan, ledger)
     source = _source_of(plan, image)
     for level in range(finest.n_levels):
         try:
-            findings += _level_faults(plan, finest.at(level), source)
+            findings += _level_faults(plan, finest.at(level), source, ledger)
         except InputError as error:
             findings.append(_fault(str(error)))
     if not findings:
@@ -79,6 +82,13 @@ def _list_faults(plan: Plan, ledger: Ledger, image: str | None) -> Iterator[Find
         yield Finding(LIST, None, None, f"{image} does not list {name}, which is finished")
 
 
+def _table_faults(plan: Plan, ledger: Ledger) -> Iterator[Finding]:
+    if plan.instances is not None and ledger.n_done(OBJECTS):
+        url = objects_url(plan.output.url)
+        if not store.exists(url):
+            yield Finding(OBJECTS, None, None, f"the table of objects, {url}, is gone")
+
+
 def _source_of(plan: Plan, image: str | None) -> Volume | None:
     """The volume that was segmented, None where it is gone: the rest can be checked without."""
     try:
@@ -87,9 +97,22 @@ def _source_of(plan: Plan, image: str | None) -> Volume | None:
         return None
 
 
-def _level_faults(plan: Plan, volume: Volume, source: Volume | None) -> Iterator[Finding]:
+def _type(plan: Plan, volume: Volume, ledger: Ledger) -> Any:  # noqa: ANN401 - or words for it
+    """The type that a level must have; of instances the one for their number when finished."""
+    if plan.instances is None:
+        return np.dtype(plan.output.dtype)
+    # What an unfinished result notes can be of objects by another rule.
+    n_objects = ledger.record.get("objects") if ledger.is_finished else None
+    if n_objects is not None:
+        return smallest_type(n_objects)
+    return volume.dtype if volume.dtype.kind == "u" else "an unsigned integer"
+
+
+def _level_faults(
+    plan: Plan, volume: Volume, source: Volume | None, ledger: Ledger
+) -> Iterator[Finding]:
     wanted = {
-        "type": volume.dtype if plan.instances else np.dtype(plan.output.dtype),
+        "type": _type(plan, volume, ledger),
         "number of channels": max(1, len(plan.output.channel_names)),
         "chunk": tuple(map(min, plan.output.chunk, volume.shape)),
         "write unit": _write_unit(plan, volume),

@@ -29,7 +29,7 @@ import numpy as np
 
 from bigseg.blocks import Region
 from bigseg.borders import touching
-from bigseg.faces import MANY_OWNERS, NO_OWNER
+from bigseg.instances import NOBODY, SEVERAL
 from bigseg.joining import Held, Tables, Threads
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def fill(tables: Tables, write: Write, *, n_threads: int = 4) -> None:
         labels = _owners_of_objects(held, tables, threads)
         for block, table in threads.ordered(tables.read, range(len(tables.grid))):
             own = _owners(table)
-            own[own == MANY_OWNERS] = NO_OWNER
+            own[own == SEVERAL] = NOBODY
             own[held.places(block, table)] = labels[held.roots_of(block)]
             threads.write(write, block, own)
 
@@ -278,15 +278,15 @@ def _row(region: Region, bounds: tuple[tuple[int, int], ...]) -> Region:
 
 
 def _owners_of_objects(held: Held, tables: Tables, threads: Threads) -> NDArray[np.uint64]:
-    """At each root the one owner of its object, NO_OWNER where there is none or several."""
+    """At each root the one owner of its object, NOBODY where there is none or several."""
     highest = np.empty(len(held.ids), np.uint64)
     for block, table in threads.ordered(tables.read, held.blocks()):
         highest[held.slice_of(block)] = _owners(table)[held.places(block, table)]
     # A component without an owner agrees with every other: the highest of all, for the lowest.
-    lowest = np.where(highest == NO_OWNER, np.uint64(MANY_OWNERS), highest)
+    lowest = np.where(highest == NOBODY, np.uint64(SEVERAL), highest)
     held.fold(np.maximum, highest)
     held.fold(np.minimum, lowest)
-    highest[(lowest != highest) | (highest == MANY_OWNERS)] = NO_OWNER
+    highest[(lowest != highest) | (highest == SEVERAL)] = NOBODY
     return highest
 
 

@@ -96,7 +96,7 @@ def boundary(
             f"the labels hold {_listed(np.unique(labels[negative]))}, but objects are numbered "
             "from 1 and 0 is background: set `ignore` to the value that means nothing"
         )
-    steps = _relative_size(voxel_size or [1.0] * labels.ndim)
+    steps = relative_size(voxel_size or [1.0] * labels.ndim)
     reach = border_vox / 2 + 1
     border = _has_other_within(labels, reach, steps) | _touches_other(labels, skipped, reach, steps)
     classes = np.where(border, BORDER, INSIDE)
@@ -111,7 +111,7 @@ def boundary(
 def boundary_margin_vox(border_vox: float, voxel_size: Sequence[float]) -> tuple[int, ...]:
     """How many voxels around a patch decide about its border classes, for each axis."""
     reach = border_vox / 2 + 1
-    return tuple(max(1, _n_steps(reach, step)) for step in _relative_size(voxel_size))
+    return tuple(max(1, _n_steps(reach, step)) for step in relative_size(voxel_size))
 
 
 def _is_label(labels: NDArray[Any], ignore: int | None) -> NDArray[np.bool_]:
@@ -125,7 +125,8 @@ def _listed(values: NDArray[Any], at_most: int = 5) -> str:
     return f"{shown} and {len(values) - at_most} other values" if len(values) > at_most else shown
 
 
-def _relative_size(voxel_size: Sequence[float]) -> list[float]:
+def relative_size(voxel_size: Sequence[float]) -> list[float]:
+    """Lengths of a voxel in units of the shortest."""
     return [size / min(voxel_size) for size in voxel_size]
 
 

@@ -35,11 +35,11 @@ from bigseg.examined import Examined
 from bigseg.findings import Check, Finding, Verification
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger, checksum_of
 from bigseg.lock import read_lock
-from bigseg.plan import NUMBER
+from bigseg.plan import NUMBER, OBJECTS
 from bigseg.pyramid_stage import PyramidStage
 from bigseg.results import begun_plan
 from bigseg.seams import Reference
-from bigseg.soundness import LIST, check_metadata
+from bigseg.soundness import BESIDE, check_metadata
 from bigseg.status import image_of, open_result
 
 if TYPE_CHECKING:
@@ -94,9 +94,11 @@ def verify(
             )
         image = image_of(url) if plan.output.beside else None
         metadata = check_metadata(plan, ledger, image=image)
-        if any(finding.stage != LIST for finding in metadata.findings):
+        if any(finding.stage not in BESIDE for finding in metadata.findings):
             return _verification(ledger, url, (metadata, *_not_made("the metadata are wrong")))
         examined = Examined.of(plan, ledger, image)
+        if any(finding.stage == OBJECTS for finding in metadata.findings):
+            examined.wrong[OBJECTS] = {0}
         checks = (
             metadata,
             _check_blocks(examined, progress),

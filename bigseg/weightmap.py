@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import ndimage
 
-from bigseg.targets import IGNORE
+from bigseg.targets import IGNORE, relative_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def closeness(
         int16, same shape. It is exact for all voxels that are at least `closeness_margin_vox` away
         from where the labels were cut.
     """
-    steps = _relative_size(voxel_size or [1.0] * labels.ndim)
+    steps = relative_size(voxel_size or [1.0] * labels.ndim)
     margin = closeness_margin_vox(sigma_vox, steps)
     numbers = _numbered(labels, ignore)
     first, second = np.full((2, *labels.shape), np.inf)
@@ -78,7 +78,7 @@ def closeness_margin_vox(sigma_vox: float, voxel_size: Sequence[float]) -> tuple
     Objects that are farther away round to 0.
     """
     reach = sigma_vox * math.sqrt(2 * math.log(2 * LEVELS))
-    return tuple(math.floor(reach / step) for step in _relative_size(voxel_size))
+    return tuple(math.floor(reach / step) for step in relative_size(voxel_size))
 
 
 def pack(classes: NDArray[Any], close: NDArray[np.int16]) -> NDArray[np.int16]:
@@ -92,10 +92,6 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Classes (same type, `IGNORE` as it is) and closeness (float32, 0 to 1) of packed voxels."""
     classes = (packed & ((1 << CLASS_BITS) - 1)).where(packed >= 0, packed)
     return classes, (packed.clamp(min=0) >> CLASS_BITS).float() / LEVELS
-
-
-def _relative_size(voxel_size: Sequence[float]) -> list[float]:
-    return [size / min(voxel_size) for size in voxel_size]
 
 
 def _numbered(labels: NDArray[Any], ignore: int | None) -> NDArray[np.int32]:

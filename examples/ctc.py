@@ -14,16 +14,12 @@ mean IoU of the true cells. The paper's 0.920 and 0.776 are of frames whose labe
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
+from commands import bigseg, parser_of, train_and_segment
 
 from bigseg.blocks import Region
 from bigseg.evaluate import Contingency, scores
@@ -31,6 +27,8 @@ from bigseg.view import save_overlay
 from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 
@@ -90,12 +88,8 @@ val_every: 100
 
 def main() -> None:
     """Convert, train, segment, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, steps=None)
     parser.add_argument("--film", choices=FILMS, help="Default: the name of the data's folder.")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
     options = parser.parse_args()
     film = FILMS[options.film or options.data.resolve().name]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -103,22 +97,18 @@ def main() -> None:
     for image, frames in ((learn, film.learn), (validate, film.validate), (test, film.test)):
         if not image.exists():
             convert(options.data, frames, image, film.voxel_size)
-    settings, run = options.out / "config.yaml", options.out / "run"
+    settings, run = options.out / "config.yaml", options.out / f"run-{options.seed}"
     settings.write_text(film.settings)
-    started = time.monotonic()
-    bigseg(
-        *("train", learn, "--val-image", validate, "--labels", "cells", "--level", film.level),
-        *("--out", run, "--dims", 2, "-c", settings, "--steps", options.steps or film.steps),
-        *("--executor", options.executor),
+    result, executor = options.out / f"result-{options.seed}.zarr", ("--executor", options.executor)
+    train_and_segment(
+        (
+            *(learn, "--val-image", validate, "--labels", "cells", "--level", film.level),
+            *("--out", run, "--dims", 2, "-c", settings, "--steps", options.steps or film.steps),
+            *("--seed", options.seed, *executor),
+        ),
+        (test, "--model", run / "model.safetensors", "--out", result, *executor),
     )
-    trained = time.monotonic()
-    result = options.out / "result.zarr"
-    bigseg(
-        *("segment", test, "--model", run / "model.safetensors", "--out", result),
-        *("--executor", options.executor),
-    )
-    print(f"train {trained - started:.0f} s, segment {time.monotonic() - trained:.0f} s")
-    report(options.data, film, result, options.out / "result.png")
+    report(options.data, film, result, options.out / f"result-{options.seed}.png")
 
 
 def convert(data: Path, frames: tuple[str, ...], image: Path, voxel_size: str) -> None:
@@ -127,12 +117,6 @@ def convert(data: Path, frames: tuple[str, ...], image: Path, voxel_size: str) -
     axes = "tyx" if len(frames) > 1 else "yx"
     bigseg("convert", *files[0], image, "--axes", axes, "--voxel-size", voxel_size)
     bigseg("convert", *files[1], image, "--axes", axes, "--labels", "cells")
-
-
-def bigseg(*words: object) -> None:
-    """Run a bigseg command as a user types it."""
-    print("$ bigseg", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "bigseg", *map(str, words)], check=True)
 
 
 def report(data: Path, film: Film, result: Path, picture: Path) -> None:

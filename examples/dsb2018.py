@@ -5,24 +5,24 @@ ID_image.tif and ID_nuclei.tif (instances).
 
     python examples/dsb2018.py ../shared/data/dsb2018 dsb2018-run
 
-A fifth of the images, by the SHA-1 of their ids, is held out to be scored, and a ninth of the
+A fifth of the images, by the SHA-1 of their ids, is held out to be scored, and a sixth of the
 others to choose the best network and the rule of objects by. AP is that of StarDist (Schmidt et
 al. 2018), TP / (TP + FP + FN) of all nuclei of all test images together.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import subprocess
-import sys
-import time
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from commands import bigseg, draw, parser_of, train_and_segment
 
 from bigseg.blocks import Region
 from bigseg.evaluate import Contingency, scores
-from bigseg.view import save_overlay
 from bigseg.volume import open_volume
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SETTINGS = """\
 task: instances
@@ -39,12 +39,7 @@ val_every: 300
 
 def main() -> None:
     """Convert, train, segment, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
-    options = parser.parse_args()
+    options = parser_of(__doc__, steps=1500).parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {name: options.out / name for name in ("learn", "validate", "test")}
     for name, folder in parts.items():
@@ -52,21 +47,22 @@ def main() -> None:
             convert(
                 [f for f in sorted(options.data.glob("*_image.tif")) if part(f) == name], folder
             )
-    settings, run = options.out / "config.yaml", options.out / "run"
+    settings, run = options.out / "config.yaml", options.out / f"run-{options.seed}"
     settings.write_text(SETTINGS)
-    started = time.monotonic()
-    bigseg(
-        *("train", parts["learn"], "--val-image", parts["validate"], "--labels", "nuclei"),
-        *("--out", run, "--dims", 2, "-c", settings, "--steps", options.steps),
-        *("--executor", options.executor),
-    )
-    trained = time.monotonic()
     tests = sorted(parts["test"].glob("*.zarr"))
-    for image in tests:
+    train_and_segment(
+        (
+            *(parts["learn"], "--val-image", parts["validate"], "--labels", "nuclei"),
+            *("--out", run, "--dims", 2, "-c", settings, "--steps", options.steps),
+            *("--seed", options.seed, "--executor", options.executor),
+        ),
         # Starting a cluster takes longer than an image of this size.
-        bigseg("segment", image, "--model", run / "model.safetensors", "--executor", "serial")
-    print(f"train {trained - started:.0f} s, segment {time.monotonic() - trained:.0f} s")
-    report(tests, options.out / "dsb2018.png")
+        *(
+            (image, "--model", run / "model.safetensors", "--overwrite", "--executor", "serial")
+            for image in tests
+        ),
+    )
+    report(tests, options.out / f"dsb2018-{options.seed}.png")
 
 
 def part(file: Path) -> str:
@@ -82,15 +78,6 @@ def convert(images: list[Path], folder: Path) -> None:
     nuclei = [f.with_name(f.name.replace("_image", "_nuclei")) for f in images]
     bigseg("convert", *images, folder, "--each", "{name}_image")
     bigseg("convert", *nuclei, folder, "--each", "{name}_nuclei", "--labels", "nuclei")
-
-
-def bigseg(*words: object) -> None:
-    """Run a bigseg command as a user types it; of many files only the first and last are shown."""
-    shown = [str(w) for w in words]
-    if len(shown) > 20:
-        shown[3:-6] = ["..."]
-    print("$ bigseg", *shown, flush=True)
-    subprocess.run([sys.executable, "-m", "bigseg", *map(str, words)], check=True)
 
 
 def report(images: list[Path], picture: Path) -> None:
@@ -109,12 +96,7 @@ def report(images: list[Path], picture: Path) -> None:
         f"{found.average_precision[0.75]:.3f}, SEG {found.seg:.3f}"
     )
     volume = open_volume(str(images[n_nuclei.index(max(n_nuclei))]))
-    whole = Region.of_shape(volume.shape)
-    raw, truth, result = (
-        v.read(whole)[0, 0, 0] for v in (volume, volume.label("nuclei"), volume.label("bigseg"))
-    )
-    save_overlay(str(picture), raw, result, truth=truth, kind="objects")
-    print(f"{volume.url}, raw | truth | result | overlay: {picture}")
+    draw(volume, Region.of_shape(volume.shape), truth="nuclei", picture=picture)
 
 
 if __name__ == "__main__":

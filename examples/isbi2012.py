@@ -15,14 +15,10 @@ Scores, each the mean over the six slices at the best threshold:
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from commands import bigseg, parser_of, train_and_segment
 from scipy import ndimage
 from skimage.segmentation import watershed
 
@@ -32,6 +28,8 @@ from bigseg.view import save_overlay
 from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 TRAIN, VALIDATE, TEST = (0, 17), (17, 18), (18, 24)
@@ -50,13 +48,7 @@ val_every: 300
 
 def main() -> None:
     """Convert, train, segment, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
-    options = parser.parse_args()
+    options = parser_of(__doc__, steps=900).parse_args()
     image, run = options.out / "isbi.zarr", options.out / f"run-{options.seed}"
     options.out.mkdir(parents=True, exist_ok=True)
     if not image.exists():
@@ -64,26 +56,21 @@ def main() -> None:
         bigseg("convert", options.data / "cells.tif", image, "--labels", "cells")
     settings = options.out / "config.yaml"
     settings.write_text(SETTINGS)
-    started = time.monotonic()
-    bigseg(
-        *("train", image, "--labels", "cells", "--out", run, "--dims", 2, "--seed", options.seed),
-        *("--region", "{}:{},:,:".format(*TRAIN), "--val-region", "{}:{},:,:".format(*VALIDATE)),
-        *("--steps", options.steps, "-c", settings, "--executor", options.executor),
-    )
-    trained = time.monotonic()
     probabilities = options.out / f"probabilities-{options.seed}.zarr"
-    bigseg(
-        *("segment", image, "--model", run / "model.safetensors", "--out", probabilities),
-        *("--output", "probabilities", "--executor", options.executor),
+    executor = ("--executor", options.executor)
+    train_and_segment(
+        (
+            *(image, "--labels", "cells", "--out", run, "--dims", 2, "--seed", options.seed),
+            *("--region", "{}:{},:,:".format(*TRAIN)),
+            *("--val-region", "{}:{},:,:".format(*VALIDATE)),
+            *("--steps", options.steps, "-c", settings, *executor),
+        ),
+        (
+            *(image, "--model", run / "model.safetensors", "--out", probabilities),
+            *("--output", "probabilities", *executor),
+        ),
     )
-    print(f"train {trained - started:.0f} s, segment {time.monotonic() - trained:.0f} s")
     report(image, probabilities, options.out / f"isbi2012-{options.seed}.png")
-
-
-def bigseg(*words: object) -> None:
-    """Run a bigseg command as a user types it."""
-    print("$ bigseg", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "bigseg", *map(str, words)], check=True)
 
 
 def report(image: Path, probabilities: Path, picture: Path) -> None:

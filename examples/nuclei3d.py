@@ -12,14 +12,9 @@ hardly brighter than what is around them: the score is rough, and says whether t
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import time
-from pathlib import Path
+from commands import bigseg, draw, parser_of, train_and_segment
 
 from bigseg.blocks import Region
-from bigseg.view import save_overlay
 from bigseg.volume import open_volume
 
 LEARN, VALIDATE, TEST = ":,0:52,:", ":,52:66,:", ":,66:100,:"
@@ -37,49 +32,29 @@ val_every: 100
 
 def main() -> None:
     """Convert, train, segment, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
-    options = parser.parse_args()
+    options = parser_of(__doc__, steps=600).parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    image, run = options.out / "nuclei.zarr", options.out / "run"
+    image, run = options.out / "nuclei.zarr", options.out / f"run-{options.seed}"
     settings, source = options.out / "config.yaml", options.data / "gonuclear_1135.h5"
     settings.write_text(SETTINGS)
     if not image.exists():
         bigseg("convert", f"{source}:/raw", image)
         bigseg("convert", f"{source}:/label", image, "--labels", "nuclei")
-    started = time.monotonic()
-    bigseg(
-        *("train", image, "--labels", "nuclei", "--out", run, "--dims", 3, "-c", settings),
-        *("--region", LEARN, "--val-region", VALIDATE, "--steps", options.steps),
-        *("--executor", options.executor),
+    executor = ("--executor", options.executor)
+    train_and_segment(
+        (
+            *(image, "--labels", "nuclei", "--out", run, "--dims", 3, "-c", settings),
+            *("--region", LEARN, "--val-region", VALIDATE, "--steps", options.steps),
+            *("--seed", options.seed, *executor),
+        ),
+        (image, "--model", run / "model.safetensors", "--overwrite", *executor),
     )
-    trained = time.monotonic()
-    bigseg("segment", image, "--model", run / "model.safetensors", "--executor", options.executor)
-    print(f"train {trained - started:.0f} s, segment {time.monotonic() - trained:.0f} s")
     labels = image / "labels"
     bigseg("evaluate", labels / "bigseg", labels / "nuclei", "--region", TEST)
-    draw(image, options.out / "nuclei3d.png")
-
-
-def bigseg(*words: object) -> None:
-    """Run a bigseg command as a user types it."""
-    print("$ bigseg", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "bigseg", *map(str, words)], check=True)
-
-
-def draw(image: Path, picture: Path) -> None:
-    """The middle plane of the rows that were scored."""
     volume = open_volume(str(image))
     z = volume.shape[1] // 2
-    where = Region((0, z, ROWS[0], 0), (1, z + 1, ROWS[1], volume.shape[3]))
-    raw, found, truth = (
-        v.read(where)[0, 0, 0] for v in (volume, volume.label("bigseg"), volume.label("nuclei"))
-    )
-    save_overlay(str(picture), raw, found, truth=truth, kind="objects")
-    print(f"plane {z}, raw | truth | result | overlay: {picture}")
+    plane = Region((0, z, ROWS[0], 0), (1, z + 1, ROWS[1], volume.shape[3]))
+    draw(volume, plane, truth="nuclei", picture=options.out / f"nuclei3d-{options.seed}.png")
 
 
 if __name__ == "__main__":

@@ -20,3 +20,15 @@ def _no_entries_of_other_runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIGSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """The planted shapes as an image, and the model that reads them."""
+    # Half a second that most tests save.
+    from helpers import write_image
+    from planting import planted_shapes, write_planting_model
+
+    folder = tmp_path_factory.mktemp("planted")
+    image = write_image(folder / "image.zarr", planted_shapes(), chunks=(8, 16, 16), n_levels=2)
+    return image, write_planting_model(folder / "model.safetensors")

@@ -2,14 +2,20 @@
 
 import numpy as np
 import torch
+from helpers import config_of
 
+from bigseg.blocks import Region
 from bigseg.checkpoint import save_model
 from bigseg.config import ModelCard, NormRule, UNetSpec
-from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT
+from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, segment_codes
 from bigseg.model import UNet
+from bigseg.rules import NEIGHBOURS, InstanceRule, RuleOptions
+from bigseg.steps import Steps
+from bigseg.volume import open_volume
 
 BACKGROUND, BORDER, INSIDE = 0, 1, 2
 CERTAIN = 50.0
+TILE = (8, 8, 8)
 
 
 def write_planting_model(path, *, dims=3, **card):
@@ -86,3 +92,26 @@ def planted_shapes(shape=(24, 40, 44), *, side=8):
     put(20, 8, slice(20, 24))
     assert side < 16
     return paint
+
+
+def config_for(image, model, out, rule, **options):
+    """Settings of a serial run that makes objects by a rule; the rest is the model's."""
+    options = {"tile": TILE, "output": None, **options}
+    rule = dict(rule)
+    if connectivity := rule.pop("connectivity", None):
+        of_dims = NEIGHBOURS[len(options["tile"])]
+        rule["neighbours"] = next(n for n, c in of_dims.items() if c == connectivity)
+    return config_of(image, model, out, rule=RuleOptions(**rule), **options)
+
+
+def labels_at(url):
+    """The labels (t, z, y, x) of the finest level."""
+    volume = open_volume(str(url))
+    return volume.read(Region.of_shape(volume.shape))[0]
+
+
+def truth_of(painting, rule, *, ratios=(1.0, 1.0, 1.0), dims=3):
+    """The definition, on the whole array (t, z, y, x)."""
+    rule = InstanceRule(**rule)
+    painting = painting.reshape((1,) * (4 - painting.ndim) + painting.shape)
+    return segment_codes(codes_of_painting(painting), rule, Steps(ratios), dims=dims)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 from helpers import config_of
+from planting import labels_at
 from training_data import write_annotated
 
 from bigseg.blocks import Region
@@ -54,11 +55,6 @@ def neurons(tmp_path_factory):
     result = train(config, str(folder / "run"), executor="serial")
     assert result.best_score > 0.5, "the network has not learned"
     return url, str(folder / "run" / "model.safetensors")
-
-
-def labels_at(url):
-    volume = open_volume(str(url))
-    return volume.read(Region.of_shape(volume.shape))[0]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,38 +1,35 @@
 """Objects made block by block are those of the same algorithm on the whole array in one memory."""
 
 import json
-import shutil
 from pathlib import Path
 
 import cc3d
 import numpy as np
 import pytest
-from helpers import Recorder, config_of, run_command, write_image
+from helpers import Recorder, run_command, write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from planting import INSIDE, codes_of_painting, planted_shapes, write_planting_model
+from planting import (
+    INSIDE,
+    config_for,
+    labels_at,
+    planted_shapes,
+    truth_of,
+    write_planting_model,
+)
 from scipy import ndimage
 from skimage.measure import regionprops_table
 from zarr_images import write_image as write_version
 
-from bigseg import counting, grow_stages, results, segment, store
-from bigseg import plan as plan_module
-from bigseg.blocks import Region
-from bigseg.errors import IncompleteError, UsageError
-from bigseg.instances import segment_codes
+from bigseg.errors import UsageError
 from bigseg.layout import listed_labels
-from bigseg.ledger import Ledger
 from bigseg.progress import NullProgress
 from bigseg.rerun import remake_instances
-from bigseg.rules import NEIGHBOURS, InstanceRule, RuleOptions
+from bigseg.rules import InstanceRule, RuleOptions
 from bigseg.segment import segment_serially
-from bigseg.steps import Steps
 from bigseg.table import objects_url, read_table
-from bigseg.verify import verify
-from bigseg.volume import open_volume
 
-TILE = (8, 8, 8)
 RULES = {
     "eroded and grown": {"erode": 1, "grow": 3},
     "as they are, across faces": {"erode": 0, "grow": 0},
@@ -41,35 +38,6 @@ RULES = {
     "only large ones, holes filled": {"erode": 1, "grow": 1, "min_size": 30, "fill_holes": True},
 }
 BLOCKS = {"small": (8, 8, 8), "oblong": (8, 24, 16), "the whole": (24, 40, 48)}
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    """The planted shapes as an image, and the model that reads them."""
-    folder = tmp_path_factory.mktemp("planted")
-    image = write_image(folder / "image.zarr", planted_shapes(), chunks=(8, 16, 16), n_levels=2)
-    return image, write_planting_model(folder / "model.safetensors")
-
-
-def config_for(image, model, out, rule, **options):
-    options = {"tile": TILE, "output": None, **options}
-    rule = dict(rule)
-    if connectivity := rule.pop("connectivity", None):
-        of_dims = NEIGHBOURS[len(options["tile"])]
-        rule["neighbours"] = next(n for n, c in of_dims.items() if c == connectivity)
-    return config_of(image, model, out, rule=RuleOptions(**rule), **options)
-
-
-def labels_at(url):
-    volume = open_volume(str(url))
-    return volume.read(Region.of_shape(volume.shape))[0]
-
-
-def truth_of(painting, rule, *, ratios=(1.0, 1.0, 1.0), dims=3):
-    """The definition, on the whole array (t, z, y, x)."""
-    rule = InstanceRule(**rule)
-    painting = painting.reshape((1,) * (4 - painting.ndim) + painting.shape)
-    return segment_codes(codes_of_painting(painting), rule, Steps(ratios), dims=dims)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -197,56 +165,6 @@ def test_the_labels_have_the_smallest_type_that_holds_all_numbers(tmp_path):
     assert listed_labels(image) == ("bigseg",)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-def test_cut_off_after_any_block_the_same_command_ends_in_the_same_bytes(planted, tmp_path):
-    image, model = planted
-    rule = {"erode": 1, "grow": 2, "fill_holes": True}
-    options = {"block": (24, 24, 48)}
-    truth, _ = truth_of(planted_shapes(), rule)
-    out = tmp_path / "out.zarr"
-    for n_done in range(1, 100):
-        stages = []
-
-        def kill(_, stages=stages, n_done=n_done):
-            stages.append(1)
-            if len(stages) == n_done:
-                raise Killed
-
-        try:
-            result = segment_serially(
-                config_for(image, model, out, rule, **options), Recorder(kill)
-            )
-        except Killed:
-            continue
-        break
-    assert result.is_complete
-    assert 1 < n_done < 100
-    np.testing.assert_array_equal(labels_at(out), truth)
-    again = segment_serially(config_for(image, model, out, rule, **options), NullProgress())
-    assert again.n_done_before == again.n_blocks
-
-
-def test_numbering_that_is_cut_off_is_done_again(planted, tmp_path, monkeypatch):
-    image, model = planted
-    rule = {"erode": 1, "grow": 2}
-    out = tmp_path / "out.zarr"
-    whole = counting._create_output
-
-    def killed(*arguments):
-        whole(*arguments)
-        raise Killed
-
-    monkeypatch.setattr(counting, "_create_output", killed)
-    with pytest.raises(Killed):
-        segment_serially(config_for(image, model, out, rule, block=(8, 24, 24)), NullProgress())
-    monkeypatch.undo()
-    segment_serially(config_for(image, model, out, rule, block=(8, 24, 24)), NullProgress())
-    np.testing.assert_array_equal(labels_at(out), truth_of(planted_shapes(), rule)[0])
-
-
 def test_kept_probabilities_give_the_objects_of_any_rule_without_the_network(planted, tmp_path):
     image, model = planted
     out = tmp_path / "out.zarr"
@@ -266,31 +184,6 @@ def test_kept_probabilities_give_the_objects_of_any_rule_without_the_network(pla
     assert not (out / "scratch").exists()
     with pytest.raises(UsageError, match="made with other settings"):
         segment_serially(config_for(image, model, out, first, **options), NullProgress())
-
-
-def test_a_change_of_rule_that_is_cut_off_anywhere_goes_on(planted, tmp_path):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    first, second = {"erode": 1, "grow": 3}, {"erode": 0, "grow": 2}
-    options = {"block": (24, 24, 48), "keep_probabilities": True}
-    segment_serially(config_for(image, model, out, first, **options), NullProgress())
-    for n_done in range(1, 100):
-        told = []
-
-        def kill(_, told=told, n_done=n_done):
-            told.append(1)
-            if len(told) == n_done:
-                raise Killed
-
-        try:
-            remake_instances(
-                str(out), RuleOptions(**second), executor="serial", progress=Recorder(kill)
-            )
-        except Killed:
-            continue
-        break
-    assert 1 < n_done < 100
-    np.testing.assert_array_equal(labels_at(out), truth_of(planted_shapes(), second)[0])
 
 
 def test_a_link_can_be_taken_out_of_a_rule_again():
@@ -339,60 +232,6 @@ def test_the_table_is_that_of_regionprops_on_the_whole_array(planted, tmp_path):
         np.testing.assert_allclose(table[f"centroid_{axis}_um"], truth[f"centroid-{i}"])
 
 
-def test_verify_finds_what_is_wrong_with_labels_and_the_same_command_mends_it(planted, tmp_path):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    config = config_for(image, model, out, {"erode": 1, "grow": 3}, block=(8, 24, 24))
-    segment_serially(config, NullProgress())
-    truth = labels_at(out)
-    found = verify(str(out), progress=NullProgress())
-    assert found.is_right, found.as_text()
-    assert {check.name: check.n_checked for check in found.checks}["seams"] > 3
-    volume = open_volume(str(out))
-    core = Region((0, 8, 0, 0), (1, 16, 24, 24))
-    volume.write(core, volume.read(core)[:, :, ::-1].copy())
-    assert not verify(str(out), progress=NullProgress()).is_right
-    segment_serially(config, NullProgress())
-    np.testing.assert_array_equal(labels_at(out), truth)
-    assert verify(str(out), progress=NullProgress()).is_right
-
-
-@pytest.mark.parametrize("wrong", ["numbers", "shift"])
-def test_verify_finds_seams_that_no_checksum_shows(planted, tmp_path, monkeypatch, wrong):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-
-    true = grow_stages.read_numbers
-
-    def other(plan, kind, block):
-        numbers = true(plan, kind, block)
-        return numbers + (block % 2 if wrong == "numbers" else 0) * (numbers > 0)
-
-    monkeypatch.setattr(grow_stages, "read_numbers", other)
-    if wrong == "shift":
-        whole = grow_stages.grow
-        monkeypatch.setattr(grow_stages, "grow", lambda *a: np.roll(whole(*a), 4, axis=3))
-    config = config_for(image, model, out, {"erode": 0, "grow": 1}, block=(8, 16, 16))
-    monkeypatch.setattr(counting, "smallest_type", lambda n: "uint16")
-    segment_serially(config, NullProgress())
-    monkeypatch.undo()
-    found = verify(str(out), n_seams=40, progress=NullProgress())
-    assert any(check.name == "seams" and check.findings for check in found.checks)
-
-
-def test_verify_of_a_result_without_labels_says_so(planted, tmp_path):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-
-    def kill(_):
-        raise Killed
-
-    with pytest.raises(Killed):
-        segment_serially(config_for(image, model, out, {}, block=(24, 40, 48)), Recorder(kill))
-    with pytest.raises(IncompleteError, match="no labels yet"):
-        verify(str(out), progress=NullProgress())
-
-
 def test_commands_make_look_at_and_change_objects(planted, tmp_path):
     image, model = planted
     out = tmp_path / "out.zarr"
@@ -428,122 +267,6 @@ def test_an_object_in_two_components_is_one_label_only_through_its_numbers(plant
     assert any(all(s.stop - s.start > 8 for s in box) for box in spread)
     blocks = painting.reshape(3, 8, 5, 8, -1)[..., :40].reshape(3, 8, 5, 8, 5, 8)
     assert (blocks.max(axis=(1, 3, 5)) == 0).any()
-
-
-def level_at(url, level):
-    volume = open_volume(str(url), level=level)
-    return volume.read(Region.of_shape(volume.shape))[0]
-
-
-def spoil(url, level=0):
-    """Write other labels than a run did into the core of one block, in whole write units."""
-    volume = open_volume(str(url), level=level)
-    core = Region((0, 0, 0, 0), (1, 24, *volume.shape[2:]))
-    volume.write(core, volume.read(core)[:, :, ::-1].copy())
-    assert not verify(str(url), progress=NullProgress()).is_right
-
-
-def test_objects_made_again_after_verify_take_the_whole_pyramid_with_them(
-    planted, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 8 * 8**3)
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    config = config_for(image, model, out, {"grow": 3}, block=(24, 24, 24))
-    segment_serially(config, NullProgress())
-    truth = [level_at(out, k) for k in (0, 1)]
-    volume = open_volume(str(out))
-    core = Region((0, 0, 24, 24), (1, 24, 40, 44))
-    volume.write(core, volume.read(core)[:, :, ::-1].copy())
-    assert not verify(str(out), progress=NullProgress()).is_right
-    ledger = Ledger.open(results.ledger_url(str(out)), read_only=True)
-    assert 0 < ledger.n_done("pyramid-1") < ledger.stages["pyramid-1"]
-    segment_serially(config, NullProgress())
-    for k in (0, 1):
-        np.testing.assert_array_equal(level_at(out, k), truth[k])
-
-
-def test_a_level_that_is_made_again_needs_no_scratch_space(planted, tmp_path):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    config = config_for(image, model, out, {}, block=(24, 40, 48))
-    n_objects = segment_serially(config, NullProgress()).n_objects
-    truth = level_at(out, 1)
-    spoil(out, level=1)
-    assert segment_serially(config, NullProgress()).n_objects == n_objects
-    np.testing.assert_array_equal(level_at(out, 1), truth)
-
-
-@pytest.mark.parametrize("moment", ["removed", "restored"])
-def test_scratch_space_that_is_not_whole_is_never_built_on(planted, tmp_path, monkeypatch, moment):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    config = config_for(image, model, out, {"grow": 3}, block=(24, 24, 48))
-
-    def half_deleted(fs, path, *, local):
-        del fs, local
-        if path.endswith("/ids"):
-            shutil.rmtree(Path(path, "0", "c"))
-            raise Killed
-
-    def half_restored(plan):
-        create_scratch(plan)
-        raise Killed
-
-    create_scratch = results.create_scratch
-    if moment == "removed":
-        monkeypatch.setattr(store, "_delete", half_deleted)
-        with pytest.raises(Killed):
-            segment_serially(config, NullProgress())
-        monkeypatch.undo()
-    else:
-        segment_serially(config, NullProgress())
-    truth = labels_at(out)
-    spoil(out)
-    if moment == "restored":
-        monkeypatch.setattr(results, "create_scratch", half_restored)
-        with pytest.raises(Killed):
-            segment_serially(config, NullProgress())
-        monkeypatch.undo()
-    segment_serially(config, NullProgress())
-    np.testing.assert_array_equal(labels_at(out), truth)
-    assert not (out / "scratch").exists()
-
-
-def test_probabilities_that_are_gone_are_not_taken_for_background(planted, tmp_path):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-    options = {"block": (24, 40, 48), "keep_probabilities": True}
-    segment_serially(config_for(image, model, out, {}, **options), NullProgress())
-    shutil.rmtree(out / "probabilities")
-    code, said = run_command("instances", out, "--grow", 1, "--executor", "serial")
-    assert code == 2
-    assert "has lost its folder probabilities" in said
-    assert labels_at(out).any()
-    code, said = run_command("verify", out)
-    assert code == 3
-    assert "bring it back from a copy" in said
-
-
-def test_clean_removes_scratch_space_of_a_finished_result_and_nothing_else(
-    planted, tmp_path, monkeypatch
-):
-    image, model = planted
-    out = tmp_path / "out.zarr"
-
-    def killed(url):
-        raise Killed
-
-    monkeypatch.setattr(segment, "remove_scratch", killed)
-    with pytest.raises(Killed):
-        segment_serially(config_for(image, model, out, {}, block=(24, 40, 48)), NullProgress())
-    truth = labels_at(out)
-    code, said = run_command("clean", out)
-    assert code == 0, said
-    assert "scratch space" in said
-    assert not (out / "scratch").exists()
-    np.testing.assert_array_equal(labels_at(out), truth)
-    assert run_command("clean", out)[1].strip().endswith("nothing to remove")
 
 
 def test_chunks_that_only_the_table_reads_are_filled_and_told_as_well(tmp_path):

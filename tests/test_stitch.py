@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from bigseg import joining
 from bigseg.blocks import BlockGrid, Region
 from bigseg.errors import OutputError
-from bigseg.faces import MANY_OWNERS, Adjacency
+from bigseg.faces import Adjacency
+from bigseg.instances import SEVERAL
 from bigseg.joining import UnionFind
 from bigseg.stitch import fill, neighbours, number
 
@@ -203,7 +204,7 @@ def test_every_two_blocks_that_touch_are_neighbours_once(cut, adjacency):
 def plain_owners(values):
     """The rule in words: none and x is x, x and x is x, x and y is many."""
     known = {value for value in values if value}
-    return known.pop() if len(known) == 1 else (MANY_OWNERS if known else 0)
+    return known.pop() if len(known) == 1 else (SEVERAL if known else 0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -213,7 +214,7 @@ def test_holes_get_the_one_label_that_is_seen_beside_them(cut, dims, n_labels, s
     adjacency = Adjacency(dims, 1)
     ids = local_ids(mask, grid, adjacency)
     rng = np.random.default_rng(seed)
-    choices = np.array([0, 0, MANY_OWNERS, *range(1, n_labels + 1)], np.uint64)
+    choices = np.array([0, 0, SEVERAL, *range(1, n_labels + 1)], np.uint64)
     odds = np.array([0.35, 0.35, 0.05, *[0.25 / n_labels] * n_labels])
     owners = [rng.choice(choices, int(part.max()), p=odds) for part in ids]
     whole, seen = label(mask, adjacency), defaultdict(list)
@@ -229,7 +230,7 @@ def test_holes_get_the_one_label_that_is_seen_beside_them(cut, dims, n_labels, s
         for i, value in enumerate(filled[block.index]):
             inside = whole[block.core.slices][ids[block.index] == i + 1]
             owner = plain_owners(seen[inside[0]])
-            assert value == (0 if owner == MANY_OWNERS else owner)
+            assert value == (0 if owner == SEVERAL else owner)
 
 
 def small_tables():

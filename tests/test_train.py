@@ -1,6 +1,5 @@
 """Laws of training in one process: it can be cut off anywhere, and ends in the same bytes."""
 
-import json
 import logging
 from contextlib import contextmanager
 from itertools import pairwise
@@ -9,36 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_command
+from short_runs import bytes_of, config_of, cut_at, here, journal, journal_loss
 from training_data import blobs, write_annotated
 
-from bigseg.annotations import open_annotated
 from bigseg.blocks import Region
 from bigseg.checkpoint import load_model, read_card
-from bigseg.config import NormConstants, TrainConfig, load_train_config
+from bigseg.config import TrainConfig, load_train_config
 from bigseg.errors import ConfigError, InputError, OutputError
 from bigseg.predict import read_mirrored
 from bigseg.predictor import Encoding
-from bigseg.recipe import SourceRecipe, make_recipe
-from bigseg.rules import InstanceRule
-from bigseg.runs import RunFiles, open_run, stored_run
+from bigseg.recipe import make_recipe
+from bigseg.runs import RunFiles, open_run
 from bigseg.statistics import normalise
-from bigseg.train_ddp import train
 from bigseg.training import Runtime, learning_rate, run
-from bigseg.tuning import choose_rule
 from bigseg.validation import (
-    SURROUNDINGS_VOXELS,
     _in_255ths,
-    _surroundings,
-    judged_objects,
     validate,
 )
-
-MILD = {"elastic_vox": 1.0, "elastic_grid_vox": 8.0, "scale": 0.05}
-
-
-class Cut(Exception):
-    """What stops a run in these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -46,43 +32,6 @@ def image_url(tmp_path_factory):
     image, labels = blobs((6, 48, 48), n=30)
     url = str(tmp_path_factory.mktemp("train") / "a.zarr")
     return write_annotated(url, image, (labels > 0).astype(np.uint8), "zyx")
-
-
-def config_of(url, **changes) -> TrainConfig:
-    settings = {
-        "images": (url,),
-        "labels": "cells",
-        "steps": 24,
-        "val_every": 8,
-        "batch": 2,
-        "patch": (20, 20),
-        "net": {"depth": 1, "width": 4},
-        "optim": {"lr": 0.01, "warmup_steps": 4},
-        "augment": MILD,
-        "precision": "fp32",
-    }
-    return TrainConfig(**(settings | changes))
-
-
-def here(config, out, **options):
-    return train(config, str(out), executor="serial", **options)
-
-
-def cut_at(config, out, step, **options):
-    def after(rank, done):
-        if done == step:
-            raise Cut
-
-    with pytest.raises(Cut):
-        here(config, out, after_step=after, **options)
-
-
-def bytes_of(out) -> bytes:
-    return (out / "model.safetensors").read_bytes()
-
-
-def journal(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -326,132 +275,9 @@ def test_borders_in_3d_with_padding_balance_time_and_two_images(tmp_path):
     assert set(journal(out)[-1]["val_dice_of"]) == set(card.classes)
 
 
-@pytest.fixture(scope="module")
-def cells_url(tmp_path_factory):
-    """Discs in 10 planes, some of which touch."""
-    folder = tmp_path_factory.mktemp("cells")
-    pairs = [blobs((56, 56), seed=seed, n=14) for seed in range(10)]
-    image, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
-    return write_annotated(str(folder / "a.zarr"), image, labels, "zyx")
-
-
-def objects_config(url, **changes) -> TrainConfig:
-    settings = {"task": "instances", "dims": 2, "steps": 6, "val_every": 3, "batch": 1}
-    return config_of(url, **(settings | changes))
-
-
-def test_the_rule_is_judged_with_what_surrounds_the_held_out_region():
-    source = SourceRecipe(
-        url="a.zarr",
-        shape=(1, 90, 60, 50),
-        train_start=(0, 0, 0, 0),
-        train_stop=(1, 60, 60, 40),
-        val_start=(0, 60, 0, 0),
-        val_stop=(1, 80, 60, 40),
-        constants=NormConstants(offset=(0.0,), scale=(1.0,)),
-        n_annotated=1,
-    )
-    held_out = Region((0, 60, 0, 0), (1, 80, 60, 40))
-    assert _surroundings(source, held_out, 3, n_images=1) == Region((0, 0, 0, 0), (1, 80, 60, 40))
-    # Planes of a 2-D network do not see each other.
-    assert _surroundings(source, held_out, 2, n_images=1) == held_out
-    seen = _surroundings(source, held_out, 3, n_images=50)
-    assert held_out.n_voxels < seen.n_voxels <= SURROUNDINGS_VOXELS // 50
-
-
-def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_path):
-    config = objects_config(cells_url, steps=60, val_every=30, batch=4)
-    result = here(config, tmp_path / "run")
-    net, card = load_model(result.model_url)
-    recipe = stored_run(config, str(tmp_path / "run"))
-    parts = judged_objects(net, recipe, device=torch.device("cpu"))
-    rule, score = choose_rule(parts)
-    assert (card.instances, card.trained["instances"]) == (rule, score.as_dict())
-    labels = open_annotated(cells_url, config).read_labels(recipe.sources[0].val)
-    assert score.n_objects == sum(len(np.unique(plane)) - 1 for plane in labels[0])
-    assert score.score > 0.5
-    assert result.instances == (
-        f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
-        f"{rule.foreground:g}, seeds of at least {rule.min_size} voxels; on {score.n_objects} "
-        f"held-out objects mean AP {score.average_precision:.4f}, adapted Rand error "
-        f"{score.rand_error:.4f}"
-    )
-    # The same network without its rule: nothing but the card differs.
-    best, before = load_model(RunFiles(str(tmp_path / "run")).best)
-    assert before.instances == InstanceRule()
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), best.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("loss", [{}, {"weight_map": {"sigma_um": 2.0}}])
-def test_a_run_for_instances_that_was_cut_off_ends_in_the_same_bytes(cells_url, tmp_path, loss):
-    config = objects_config(cells_url, loss=loss)
-    here(config, tmp_path / "a")
-    # At the end there is a state and a best model, and no rule yet.
-    for step in (4, 6):
-        cut_at(config, tmp_path / "b", step)
-    here(config, tmp_path / "b")
-    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
-
-
-def test_a_weight_map_changes_the_loss_and_one_that_weighs_nothing_does_not(cells_url, tmp_path):
-    losses = []
-    for name, rule in (("a", None), ("b", {}), ("c", {"w0": 1e-6})):
-        config = objects_config(cells_url, steps=1, loss={"weight_map": rule})
-        losses.append(journal_loss(here(config, tmp_path / name)))
-    plain, mapped, hardly = losses
-    assert abs(mapped - plain) > 1e-3
-    assert hardly == pytest.approx(plain, rel=1e-5)
-
-
-def test_too_few_held_out_objects_leave_the_default_rule(tmp_path, caplog):
-    image, labels = blobs((6, 48, 48), n=30)
-    labels[5] = 0
-    labels[5, 4:10, 4:10] = 5
-    url = write_annotated(str(tmp_path / "a.zarr"), image, labels, "zyx")
-    result = here(objects_config(url, steps=2, val_every=2), tmp_path / "run")
-    card = read_card(result.model_url)
-    assert card.instances == InstanceRule()
-    assert "instances" not in card.trained
-    assert "the validation regions hold fewer than 3 objects, too few to choose a rule" in (
-        caplog.text
-    )
-    assert result.instances.endswith(
-        "foreground 0.5, seeds of at least 1 voxels (the defaults: too few objects to choose by)"
-    )
-
-
-def test_images_of_many_sizes_train_and_whole_ones_validate(tmp_path):
-    urls = []
-    for seed, shape in enumerate([(48, 40), (12, 14), (90, 33), (26, 28), (15, 70)]):
-        image, labels = blobs(shape, seed=seed, n=10)
-        urls.append(write_annotated(str(tmp_path / f"{seed}.zarr"), image, labels, "yx"))
-    config = tmp_path / "config.yaml"
-    config.write_text("net: {depth: 1, width: 4}\npatch: [20, 20]\nbatch: 2\nprecision: fp32\n")
-    out = tmp_path / "run"
-    code, said = run_command(
-        *("train", *urls[:3], "--val-image", urls[3], "--val-image", urls[4], "--labels", "cells"),
-        *("--task", "instances", "--steps", 3, "-c", config, "--out", out),
-        *("--executor", "serial"),
-    )
-    assert code == 0, said
-    assert "3 steps in" in said
-    assert "objects: threshold " in said
-    card = read_card(str(out / "model.safetensors"))
-    assert card.trained["images"] == ["0.zarr", "1.zarr", "2.zarr"]
-    assert card.trained["val_images"] == ["3.zarr", "4.zarr"]
-    truth = [blobs(shape, seed=seed, n=10)[1] for seed, shape in ((3, (26, 28)), (4, (15, 70)))]
-    n_objects = sum(len(np.unique(labels)) - 1 for labels in truth)
-    assert card.trained["instances"]["n_objects"] == n_objects
-
-
 def test_bf16_trains_too(image_url, tmp_path):
     config = config_of(image_url, steps=2, precision="bf16", batch=1)
     assert np.isfinite(journal_loss(here(config, tmp_path)))
-
-
-def journal_loss(result) -> float:
-    with open(result.metrics_url, encoding="utf-8") as lines:
-        return json.loads(lines.readline())["loss"]
 
 
 @pytest.mark.gpu
