@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HERE = Path(__file__).resolve().parent
+# Two workers have as much to do in both.
+SHORT, LONG = 2, 6
+SHORT_RESULT, LONG_RESULT = "short.zarr", "long.zarr"
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,7 @@ class Size:
 
     width: int
     depth: int
-    peer_shape: tuple[int, int, int]
-    own_shape: tuple[int, int, int]
-    scaling_shape: tuple[int, int, int]
+    shape: tuple[int, int, int]
     window: int
     blocks: tuple[int, ...]
     wide_halo: int
@@ -39,10 +40,8 @@ class Size:
     n_remembered: int
 
 
-EARNEST = Size(
-    16, 3, (208,) * 3, (208, 416, 416), (208, 208, 416), 96, (104, 208), 16, 10**5, 10**6
-)
-QUICK = Size(4, 1, (64,) * 3, (64, 64, 128), (64, 64, 64), 32, (32,), 4, 2000, 20000)
+EARNEST = Size(16, 3, (208,) * 3, 96, (104, 208), 16, 10**5, 10**6)
+QUICK = Size(4, 1, (64,) * 3, 32, (32,), 4, 2000, 20000)
 
 
 @dataclass
@@ -91,21 +90,48 @@ def machine(bench: Bench) -> dict[str, Any]:
     }
 
 
-def start_up(bench: Bench, *, workers: int, cpus: Sequence[int] | None = None) -> float:
-    """Wall seconds of the same command where there is next to nothing to do for each worker."""
-    image = write_volume(bench.folder, (8 * workers, 8, 8))
-    tiny = ["--tile", "8,8,8", "--block", "8,8,8"]
-    return run_ours(bench, image, workers=workers, cpus=cpus, options=tiny, out="tiny.zarr")
+@dataclass
+class Ours:
+    """Wall seconds of `bigseg segment` for SHORT volumes in a row, and for LONG of them.
+
+    Both are cut into the same tiles, so that their difference is what the others cost, Zarr to
+    Zarr. The start is not in it, neither Ray's nor that of a worker, which touches
+    its memory for the first time: peers are warm when they are measured, too.
+    """
+
+    name: str
+    short: list[float] = field(default_factory=list)
+    longer: list[float] = field(default_factory=list)
+
+    def measure(self, bench: Bench, *, workers: int, cpus: Sequence[int] | None = None) -> None:
+        """Run both once, in the tiles that the longer one gets."""
+        image = write_volume(bench.folder, bench.size.shape, n_repeats=LONG)
+        self.longer.append(_run_ours(bench, image, workers, cpus, LONG_RESULT))
+        tile = ",".join(map(str, plan_of(bench, LONG_RESULT)["tile"][1:]))
+        image = write_volume(bench.folder, bench.size.shape, n_repeats=SHORT)
+        words = ("--tile", tile, "--block", tile)
+        self.short.append(_run_ours(bench, image, workers, cpus, SHORT_RESULT, words))
+
+    @property
+    def seconds(self) -> list[float]:
+        """What one more volume cost."""
+        pairs = zip(self.short, self.longer, strict=True)
+        return [(longer - short) / (LONG - SHORT) for short, longer in pairs]
+
+    @property
+    def start_s(self) -> float:
+        """Median seconds of all that does not grow with the volume."""
+        pairs = zip(self.short, self.seconds, strict=True)
+        return statistics.median(short - SHORT * each for short, each in pairs)
 
 
-def run_ours(
+def _run_ours(
     bench: Bench,
     image: Path,
-    *,
     workers: int,
-    cpus: Sequence[int] | None = None,
+    cpus: Sequence[int] | None,
+    out: str,
     options: Sequence[str] = (),
-    out: str = "ours.zarr",
 ) -> float:
     """Wall seconds of `bigseg segment`, from the start of its process to its end."""
     command = [
@@ -120,16 +146,11 @@ def run_ours(
     return time.perf_counter() - started
 
 
-def worked_s(bench: Bench) -> float:
-    """Mean seconds of a worker in the last result of ours, from ready to its last report.
-
-    As the run itself recorded it: without start-up, and without the driver's beginning and end.
-    """
-    ledger = Ledger.open(str(bench.folder / "ours.zarr" / "ledger"))
+def plan_of(bench: Bench, out: str) -> dict[str, Any]:
+    """The plan of our last result of this name."""
+    ledger = Ledger.open(str(bench.folder / out / "ledger"))
     assert ledger is not None
-    record = ledger.record
-    seconds: float = record["spent"]["predict"]["wall_s"] / record["workers"]
-    return seconds
+    return ledger.plan
 
 
 def start(command: Sequence[str], cpus: Sequence[int] | None = None) -> subprocess.Popen[str]:
@@ -168,6 +189,7 @@ def last_json(output: str) -> dict[str, Any]:
     return figures
 
 
-def spread(row: Row) -> str:
+def spread(row: Row | Ours) -> str:
     """Median, smallest and largest."""
-    return f"{row.median:.2f} ({min(row.seconds):.2f} ... {max(row.seconds):.2f})"
+    seconds = row.seconds
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} ... {max(seconds):.2f})"

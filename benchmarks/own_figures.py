@@ -2,73 +2,72 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from bench import HERE, Bench, Row, finish, last_json, run_ours, spread, start, start_up, worked_s
+from bench import (
+    HERE,
+    LONG,
+    LONG_RESULT,
+    SHORT,
+    SHORT_RESULT,
+    Bench,
+    Ours,
+    Row,
+    finish,
+    last_json,
+    plan_of,
+    spread,
+    start,
+)
 from setting import write_volume
-
-from bigseg.ledger import Ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def efficiency(bench: Bench) -> dict[str, Any]:
-    """Raw forward seconds of all tiles over the wall time; raw alone, and raw side by side."""
-    image = write_volume(bench.folder, bench.size.own_shape)
-    workers = bench.n_workers
-    wall, start_s, inside = Row("wall"), Row("start-up"), Row("workers")
-    alone, together = Row("alone"), Row("together")
-    for _ in range(bench.repeats):
-        start_s.seconds.append(start_up(bench, workers=workers))
-        wall.seconds.append(run_ours(bench, image, workers=workers))
-        inside.seconds.append(worked_s(bench))
-        n_tiles, plan = tiles_of(bench)
-        share = max(1, n_tiles // workers)
-        alone.seconds.append(raw(bench, image, n_processes=1, n_tiles=min(share, 8)))
-        together.seconds.append(raw(bench, image, n_processes=workers, n_tiles=share))
-    busy = wall.median - start_s.median
-    figures = {
-        "shape": bench.size.own_shape,
-        "tile": plan["tile"],
-        "core": plan["core"],
-        "engine": plan["engine"],
-        "tiles": n_tiles,
-        "wall_s": wall.seconds,
-        "start_up_s": start_s.seconds,
-        "workers_s": inside.seconds,
-        "raw_s_a_tile_alone": alone.seconds,
-        "raw_s_a_tile_together": together.seconds,
-        "efficiency_of_alone": n_tiles / workers * alone.median / busy,
-        "efficiency_of_together": n_tiles / workers * together.median / busy,
-        "mega_voxels_a_s": float(np.prod(bench.size.own_shape)) / busy / 1e6,
-    }
-    print("\na. efficiency: raw forward of all tiles / wall without start-up")
-    print(f"   {n_tiles} tiles of {plan['tile'][1:]}, {workers} workers; wall {spread(wall)} s,")
-    print(f"   start-up {spread(start_s)} s; workers, as recorded, {spread(inside)} s")
-    print(
-        f"   raw, one process:    {spread(alone)} s a tile -> {figures['efficiency_of_alone']:.3f}"
-    )
-    print(
-        f"   raw, {workers} at a time:    {spread(together)} s a tile -> "
-        f"{figures['efficiency_of_together']:.3f}",
-        flush=True,
-    )
-    return figures
+@dataclass
+class Raw:
+    """Seconds of the network alone for a tile: one process, and as many as work in ours."""
+
+    alone: Row = field(default_factory=lambda: Row("one process"))
+    together: Row = field(default_factory=lambda: Row("together"))
+
+    def measure(self, bench: Bench) -> None:
+        """Time both once, on tiles of our last short result."""
+        image = write_volume(bench.folder, bench.size.shape, n_repeats=SHORT)
+        for row, n in ((self.alone, 1), (self.together, bench.n_workers)):
+            row.seconds.append(raw(bench, image, n_processes=n, n_tiles=1))
 
 
-def tiles_of(bench: Bench) -> tuple[int, dict[str, Any]]:
-    """How many forward passes the last result of ours took, and its plan."""
-    ledger = Ledger.open(str(bench.folder / "ours.zarr" / "ledger"))
-    assert ledger is not None
-    plan = ledger.plan
+def efficiency(bench: Bench, ours: Ours, network: Raw) -> dict[str, Any]:
+    """Raw forward seconds of the tiles of a volume over what the volume costs."""
+    workers, plan = bench.n_workers, plan_of(bench, LONG_RESULT)
     shape, tile = plan["source"]["shape"], plan["tile"]
-    return int(np.prod([-(-n // t) for n, t in zip(shape, tile, strict=True)])), plan
+    n_tiles = math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True)) / LONG
+    net_s = statistics.median(ours.seconds)
+    kept = {
+        row.name: n_tiles / workers * row.median / net_s
+        for row in (network.alone, network.together)
+    }
+    print("\na. efficiency: raw forward of all tiles / wall time, Zarr to Zarr, without the start")
+    print(f"   {n_tiles:g} tiles of {tile[1:]} a volume, {workers} workers; {spread(ours)} s each,")
+    print(f"   and {ours.start_s:.2f} s once; {(LONG - SHORT) * n_tiles:g} tiles measured a round")
+    for row in (network.alone, network.together):
+        print(f"   raw, {row.name:12} {spread(row)} s a tile -> {kept[row.name]:.3f}", flush=True)
+    return {
+        "plan": {key: plan[key] for key in ("tile", "core", "engine")},
+        "tiles": n_tiles,
+        "short_s": ours.short,
+        "longer_s": ours.longer,
+        "raw_s_a_tile": {row.name: row.seconds for row in (network.alone, network.together)},
+        "efficiency": kept,
+    }
 
 
 def raw(bench: Bench, image: Path, *, n_processes: int, n_tiles: int) -> float:
@@ -77,7 +76,7 @@ def raw(bench: Bench, image: Path, *, n_processes: int, n_tiles: int) -> float:
         sys.executable,
         str(HERE / "raw_forward.py"),
         *bench.shared(image),
-        *("--result", str(bench.folder / "ours.zarr")),
+        *("--result", str(bench.folder / SHORT_RESULT)),
         *("--threads", str(max(1, bench.n_cpus // bench.n_workers))),
         *("--tiles", str(n_tiles)),
     ]
@@ -100,17 +99,15 @@ def scaling(bench: Bench) -> dict[str, Any]:
     if bench.n_cpus < 2 or torch.cuda.is_available():
         print("\ng. left out: needs two processors and no GPU", flush=True)
         return {}
-    image = write_volume(bench.folder, bench.size.scaling_shape)
     cpus = sorted(os.sched_getaffinity(0))[:2]
-    net = {n: Row(f"{n} workers, without start-up") for n in (1, 2)}
+    ours = {n: Ours(f"{n} workers") for n in (1, 2)}
     for _ in range(bench.repeats):
-        for n, row in net.items():
-            begin = start_up(bench, workers=n, cpus=cpus[:n])
-            row.seconds.append(run_ours(bench, image, workers=n, cpus=cpus[:n]) - begin)
-    speedup = net[1].median / net[2].median
-    print("\ng. two workers of one thread against one")
-    print(f"   one {spread(net[1])} s, two {spread(net[2])} s: {speedup:.2f} times", flush=True)
-    return {"one_s": net[1].seconds, "two_s": net[2].seconds, "speed_up": speedup}
+        for n, row in ours.items():
+            row.measure(bench, workers=n, cpus=cpus[:n])
+    one, two = (statistics.median(row.seconds) for row in ours.values())
+    print("\ng. two workers of one thread against one, without the start")
+    print(f"   one {spread(ours[1])} s, two {spread(ours[2])} s: {one / two:.2f} times", flush=True)
+    return {"one_s": ours[1].seconds, "two_s": ours[2].seconds, "speed_up": one / two}
 
 
 def scheduling(bench: Bench) -> dict[str, Any]:

@@ -13,10 +13,11 @@
 
 Every measurement is a process of its own; contestants take turns (A B C A B C ...), medians are
 shown with the smallest and the largest. Ours is `bigseg segment` on a private Ray, from start to
-exit, less the wall time of the same command on a volume of one 8³ tile for each worker, which is
-shown as its start-up. Peers are timed around their call only: imports, loading, compiling and one
-warm-up are free for them. Where a peer is exact, its labels must be ours away from the borders of
-the volume, or the run fails. How to make the peers' environment: requirements-peers.txt.
+exit, for two volumes in a row and for six: a quarter of the difference is what a volume costs once
+the workers are warm, and the rest is shown as the start. Peers are timed around their call only:
+imports, loading, compiling and one warm-up are free for them. Where a peer is exact, its labels
+must be ours away from the borders of the volume, or the run fails. How to make the peers'
+environment: requirements-peers.txt.
 """
 
 from __future__ import annotations
@@ -37,18 +38,17 @@ from bench import (
     EARNEST,
     HERE,
     QUICK,
+    SHORT_RESULT,
     Bench,
+    Ours,
     Row,
     finish,
     last_json,
     machine,
-    run_ours,
     spread,
     start,
-    start_up,
-    worked_s,
 )
-from own_figures import efficiency, scaling, scheduling
+from own_figures import Raw, efficiency, scaling, scheduling
 from setting import halo_of, read_network, write_network, write_volume
 
 from bigseg.engine import available_cpus
@@ -79,11 +79,8 @@ def main() -> None:
         bench = make_bench(options, Path(scratch))
         result: dict[str, Any] = {"machine": machine(bench)}
         print(json.dumps(result["machine"]), flush=True)
-        peers = [figure for figure in "bcd" if figure in options.figures]
-        if "a" in options.figures:
-            result["a"] = efficiency(bench)
-        if peers:
-            result["peers"] = against_peers(bench, peers)
+        if set("abcd") & set(options.figures):
+            result |= rounds(bench, options.figures)
         if "g" in options.figures:
             result["g"] = scaling(bench)
         if "h" in options.figures:
@@ -109,18 +106,18 @@ def make_bench(options: argparse.Namespace, folder: Path) -> Bench:
     )
 
 
-def against_peers(bench: Bench, figures: Sequence[str]) -> list[dict[str, Any]]:
-    """Seconds of every contestant over ours."""
-    image = write_volume(bench.folder, bench.size.peer_shape)
+def rounds(bench: Bench, figures: Sequence[str]) -> dict[str, Any]:
+    """Ours, our network alone, and every contestant in turn, some times over."""
+    image = write_volume(bench.folder, bench.size.shape)
     contestants = [c for c in all_contestants(bench) if c.figure in figures]
     chosen = [(c, best_side(bench, c, image)) for c in contestants]
-    ours, start, inside = Row("bigseg segment"), Row("start-up"), Row("workers")
+    ours, network = Ours("bigseg segment"), Raw()
     rows = [Row(c.name, notes={"side": side}) for c, side in chosen]
-    for _ in range(bench.repeats):
-        start.seconds.append(start_up(bench, workers=bench.n_workers))
-        ours.seconds.append(run_ours(bench, image, workers=bench.n_workers))
-        inside.seconds.append(worked_s(bench))
-        ours_labels = result_of(bench.folder / "ours.zarr")
+    for number in range(bench.repeats):
+        ours.measure(bench, workers=bench.n_workers)
+        if "a" in figures:
+            network.measure(bench)
+        ours_labels = result_of(bench.folder / SHORT_RESULT)[: bench.size.shape[0]]
         for row, (contestant, side) in zip(rows, chosen, strict=True):
             figures_of = run_peer(bench, contestant, side, image)
             row.seconds.append(figures_of["seconds"])
@@ -128,9 +125,17 @@ def against_peers(bench: Bench, figures: Sequence[str]) -> list[dict[str, Any]]:
             row.notes["n_forwards"] = figures_of["n_forwards"]
             row.notes["peak_gib"] = max(figures_of["peak_gib"], row.notes.get("peak_gib", 0))
             # A block that is the whole volume starts its poolings elsewhere: exact, and not ours.
-            is_ours = contestant.exact and side < min(bench.size.peer_shape)
+            is_ours = contestant.exact and side < min(bench.size.shape)
             row.notes["different"] = check_labels(bench, contestant, ours_labels, is_ours=is_ours)
-    return peer_table((ours, start, inside), rows, n_voxels=math.prod(bench.size.peer_shape))
+        seconds = {"ours": ours, "raw": network.together, **{row.name: row for row in rows}}
+        last = {name: round(of.seconds[-1], 2) for name, of in seconds.items() if of.seconds}
+        print(f"  round {number + 1}: {json.dumps(last)}", flush=True)
+    found: dict[str, Any] = {}
+    if "a" in figures:
+        found["a"] = efficiency(bench, ours, network)
+    if rows:
+        found["peers"] = peer_table(ours, rows, n_voxels=math.prod(bench.size.shape))
+    return found
 
 
 def all_contestants(bench: Bench) -> list[Contestant]:
@@ -212,25 +217,15 @@ def result_of(out: Path) -> np.ndarray:
     return labels
 
 
-def peer_table(
-    own: tuple[Row, Row, Row], rows: Sequence[Row], *, n_voxels: int
-) -> list[dict[str, Any]]:
+def peer_table(ours: Ours, rows: Sequence[Row], *, n_voxels: int) -> list[dict[str, Any]]:
     """Print the rows as a table and give them as data."""
-    ours, start_s, inside = own
-    net = ours.median - start_s.median
-    print(f"\nbigseg segment: {spread(ours)} s, of these start-up {spread(start_s)} s;")
-    print(f"its workers, as the run recorded: {spread(inside)} s")
+    net = statistics.median(ours.seconds)
+    print(f"\nbigseg segment: {spread(ours)} s a volume, and {ours.start_s:.2f} s once")
     print(f"\n| {'contestant':34} | block | seconds (range) | its forward | R | not ours | GiB |")
     print("|---|---|---|---|---|---|---|")
-    print(f"| bigseg, Zarr to Zarr on Ray | | {net:.2f} | | 1 | | |")
+    print(f"| bigseg, Zarr to Zarr on Ray | | {spread(ours)} | | 1 | | |")
     table: list[dict[str, Any]] = [
-        {
-            "name": ours.name,
-            "wall_s": ours.seconds,
-            "start_up_s": start_s.seconds,
-            "workers_s": inside.seconds,
-            "net_s": net,
-        }
+        {"name": ours.name, "short_s": ours.short, "longer_s": ours.longer, "net_s": net}
     ]
     for row in rows:
         note, ratio = row.notes, row.median / net

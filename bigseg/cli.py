@@ -39,7 +39,7 @@ def main(verbose: bool) -> None:
     Example:
       bigseg demo                                       everything once, on made-up data
       bigseg convert stack.tif image.zarr --voxel-size 0.05,0.004,0.004
-      bigseg train image.zarr --labels cells --out run
+      bigseg train image.zarr --labels cells --task instances --out run
       bigseg segment image.zarr --model run/model.safetensors
     """  # noqa: D301 - \b keeps click from refilling
     del verbose
@@ -49,7 +49,8 @@ def main(verbose: bool) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... OUT.zarr")
 @click.option("--labels", metavar="NAME", help="Write labels NAME beside the image OUT.zarr.")
 @click.option("--each", metavar="[PATTERN]", is_flag=False, flag_value="{name}", help="Every file "
-              "is an image of its own in folder OUT; {name}_raw: a.zarr of a_raw.tif.")  # fmt: skip
+              "becomes an image of its own in folder OUT, named as the file or by the {name} part "
+              "of PATTERN: {name}_raw makes a.zarr of a_raw.tif.")  # fmt: skip
 @click.option("--axes", metavar="zyx", help="What the axes of the source are, of t, c, z, y, x.")
 @click.option("--voxel-size", metavar="Z,Y,X", help="Voxel size along the spatial axes.")
 @click.option("--unit", default="micrometer", show_default=True, help="Unit of the voxel size.")
@@ -140,18 +141,23 @@ def sample(url: str, shape: str, seed: int) -> None:
 @click.option("-c", "--config", metavar="FILE", help="YAML with any setting; options win over it.")
 @click.option("--task", type=click.Choice(["semantic", "instances"]), help="Labels are classes, or "
               "instances of which background, inside and border are learnt.")  # fmt: skip
-@click.option("--dims", type=click.Choice(["2", "3"]), help="2-D or 3-D network.")
+@click.option("--dims", type=click.Choice(["2", "3"]), help="2-D or 3-D network; "
+              "default 3 where all images have at least 32 planes and voxels less than three times "
+              "as long along z as along y.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps.")
-@click.option("--workers", type=click.IntRange(min=1), help="Data-parallel workers.")
+@click.option("--workers", type=click.IntRange(min=1), help="Default 1; each has a GPU, where "
+              "there are GPUs, and adds a batch to every step.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0))
 @click.option("--level", type=click.IntRange(min=0), help="Pyramid level to train on.")
-@click.option("--channel", type=click.IntRange(min=0), multiple=True, help="May be repeated.")
+@click.option("--channel", type=click.IntRange(min=0), multiple=True,
+              help="Channel to learn from; may be repeated; default 0 alone.")  # fmt: skip
 @click.option("--time", type=click.IntRange(min=0), help="Time point; all by default.")
 @click.option("--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Where to train.")
 @click.option("--val-region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Where to validate.")
 @click.option("--val-image", metavar="IMAGE", multiple=True, help="Validate on the whole of it, "
               "instead of a part of each image; may be repeated.")  # fmt: skip
-@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
+@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True,
+              help="serial: in this process, on one GPU.")  # fmt: skip
 @click.option("--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS.")
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder of another run.")
 @verbose_option
@@ -170,8 +176,8 @@ def train(
 
     \b
     Examples:
-      bigseg train image.zarr --labels cells --out run --dims 2 --steps 1000
-      bigseg train images --labels nuclei --out run --workers 4
+      bigseg train image.zarr --labels cells --task instances --out run
+      bigseg train images --labels tissue --out run --dims 2 --steps 2000 --workers 4
       bigseg train -c config.yaml --out run
     """  # noqa: D301
     from bigseg.config import load_train_config

@@ -144,9 +144,17 @@ def _parts(text: str, option: str, kind: type[int] | type[float]) -> Sequence[st
 
 
 _WORKER_OPTIONS = (
-    click.option("--workers", type=click.IntRange(min=1)),
     click.option(
-        "--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Default: one for each GPU, else as many as suit the processors.",
+    ),
+    click.option(
+        "--executor",
+        type=click.Choice(["ray", "serial"]),
+        default="ray",
+        show_default=True,
+        help="serial: in this process, on one GPU.",
     ),
     click.option(
         "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
@@ -204,13 +212,19 @@ _SEGMENT_OPTIONS = (
         type=click.Choice(["uint8", "float16", "float32"]),
         default="uint8",
         show_default=True,
+        help="Type of probabilities; of uint8 255 is 1.",
     ),
     click.option(
         "--level",
         type=click.IntRange(min=0),
         help="Pyramid level; default: the nearest to the model's voxel size.",
     ),
-    click.option("--channel", type=click.IntRange(min=0), multiple=True, help="May be repeated."),
+    click.option(
+        "--channel",
+        type=click.IntRange(min=0),
+        multiple=True,
+        help="May be repeated; default: those that the model learned from.",
+    ),
     click.option("--time", type=click.IntRange(min=0), help="Time point; all by default."),
     click.option(
         "--region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Background outside; context is read."
@@ -224,19 +238,21 @@ _SEGMENT_OPTIONS = (
         type=click.Choice(["auto", "torch", "compiled", "openvino", "tensorrt"]),
         default="auto",
         show_default=True,
+        help="What computes the network; auto: the fastest that is installed.",
     ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
         default="auto",
         show_default=True,
+        help="auto: bf16 where the hardware has it, else fp32.",
     ),
     click.option(
         "--norm",
         type=click.Choice(["volume", "model"]),
         default="volume",
         show_default=True,
-        help="Constants: this volume's or the training's.",
+        help="Brightness: as measured on this volume, or as in the training images.",
     ),
     click.option(
         "--memory",

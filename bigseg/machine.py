@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The rest is for the system, the page cache and whoever else is on the machine.
 USABLE = 0.7
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def cpu_resources(n_cpus: int, memory_bytes: int) -> Resources:
     )
 
 
-def memory_of_machine() -> int:
-    """Bytes of main memory that processes of this machine, or of this container, may have.
+def memory_of_machine(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
+    """Bytes of main memory that processes of this machine, container or batch job may have.
 
     All of it, not what is free at the moment: the plan should not change from one minute to the
     next.
@@ -76,9 +77,34 @@ def memory_of_machine() -> int:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):
         limits = [8 << 30]
-    for path in _CGROUP_LIMITS:
+    for path in _limit_files(cgroups, own):
         try:
             limits.append(int(path.read_text()))
         except (OSError, ValueError):
             continue
     return min(limits)
+
+
+def _limit_files(cgroups: Path, own: Path) -> Iterator[Path]:
+    """Where the groups of this process, the inner and the outer ones, state their limits.
+
+    The outermost is a container's; a scheduler such as SLURM puts a job into a group further in.
+    """
+    yield cgroups / "memory.max"
+    yield cgroups / "memory" / "memory.limit_in_bytes"
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            base, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for place in (group, *group.parents):
+            yield base / place / name

@@ -29,6 +29,7 @@ __all__ = [
     "class_overlaps",
     "disjoint_union",
     "foreground_overlap",
+    "met_objects",
     "n_objects",
     "panoptic_quality",
     "pixel_accuracy",
@@ -203,6 +204,12 @@ def seg_score(table: Contingency) -> float:
     union = sizes + pred_sizes[np.searchsorted(pred_ids, objects.pred)] - objects.count
     matched = (objects.pred != 0) & (2 * objects.count > sizes)
     return float((objects.count[matched] / union[matched]).sum() / len(ids))
+
+
+def met_objects(table: Contingency) -> NDArray[np.int64]:
+    """The ids of the objects of the prediction whose IoU with a true one is above 0.5, sorted."""
+    pairs = _object_pairs(table)
+    return pairs.pred[2 * pairs.n_both > pairs.union].astype(np.int64)
 
 
 def n_objects(table: Contingency) -> tuple[int, int]:

@@ -205,9 +205,10 @@ def sums_of(labels: NDArray[Any], image: NDArray[Any] | None, core: Region) -> O
     found["n_voxels"][:] = runs.each(np.add, runs.length)
     for axis, first in enumerate(core.start):
         _fill_extent({k: found[k][axis] for k in _EXTENT}, runs, axis, first, found["n_voxels"])
+    is_object = (labels != 0).ravel()
     for c, channel in enumerate(channels):
         assert channel.shape == labels.shape, (channel.shape, labels.shape)
-        values = channel.ravel()
+        values = channel.ravel()[is_object]
         values = values.view(np.uint8) if values.dtype.kind == "b" else values
         _fill_intensity({k: found[k][c] for k in _INTENSITY}, runs, values, found["n_voxels"])
     return ObjectSums(**found)
@@ -215,16 +216,16 @@ def sums_of(labels: NDArray[Any], image: NDArray[Any] | None, core: Region) -> O
 
 @dataclass(frozen=True, eq=False)
 class _Runs:
-    """The runs of equal labels along x, and which of them form an object.
+    """The runs of equal labels along x that are no background, and which of them form an object.
 
-    `start` and `length` are those of the runs of objects, sorted by label, then by place; `first`
-    says where in them each object of `label` begins. `all_starts` are those of all runs, also of
-    background, in the order of the voxels; `chosen` says where in them the sorted ones are.
+    `start` and `length` are those of the runs, sorted by label, then by place; `first` says where
+    in them each object of `label` begins. `order` sorts the runs as they follow each other in the
+    array, and `offset` says where these begin among the voxels of objects alone.
     """
 
     shape: Vec
-    all_starts: NDArray[np.intp]
-    chosen: NDArray[np.intp]
+    offset: NDArray[np.intp]
+    order: NDArray[np.intp]
     start: NDArray[np.intp]
     length: NDArray[np.intp]
     label: NDArray[Any]
@@ -235,22 +236,23 @@ class _Runs:
         rows = labels.reshape(-1, labels.shape[-1])
         begins = np.ones(rows.shape, bool)
         np.not_equal(rows[:, 1:], rows[:, :-1], out=begins[:, 1:])
-        starts = np.flatnonzero(begins)
-        ids = rows.ravel()[starts]
-        objects = np.flatnonzero(ids)
-        chosen = objects[np.argsort(ids[objects], kind="stable")]
-        ids = ids[chosen]
+        start = np.flatnonzero(begins)
+        ids, length = rows.ravel()[start], np.diff(start, append=rows.size)
+        is_object = ids != 0
+        start, length, ids = start[is_object], length[is_object], ids[is_object]
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
         first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])[: len(ids)])
-        lengths = np.diff(starts, append=rows.size)
-        return cls(labels.shape, starts, chosen, starts[chosen], lengths[chosen], ids[first], first)
+        offset = np.cumsum(length) - length
+        return cls(labels.shape, offset, order, start[order], length[order], ids[first], first)
 
     def each(self, rule: Any, values: NDArray[Any]) -> NDArray[Any]:  # noqa: ANN401 - a ufunc
         """One value an object of one value a run."""
         return np.asarray(rule.reduceat(values, self.first))
 
     def reduced(self, rule: Any, voxels: NDArray[Any], dtype: Any = None) -> NDArray[Any]:  # noqa: ANN401
-        """One value an object of one value a voxel."""
-        return self.each(rule, rule.reduceat(voxels, self.all_starts, dtype=dtype)[self.chosen])
+        """One value an object of one value a voxel, of the voxels of objects alone."""
+        return self.each(rule, rule.reduceat(voxels, self.offset, dtype=dtype)[self.order])
 
 
 def _fill_extent(
@@ -274,7 +276,7 @@ def _fill_extent(
 def _fill_intensity(
     out: dict[str, NDArray[Any]], runs: _Runs, values: NDArray[Any], n_voxels: NDArray[np.int64]
 ) -> None:
-    """Number, range and sum of the intensities, of which there is one a voxel."""
+    """Number, range and sum of the intensities, one for each voxel of objects."""
     lowest = highest = values
     out["n_finite"][:] = n_voxels
     if values.dtype.kind == "f":
@@ -297,7 +299,7 @@ def _sums(runs: _Runs, values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]
             total = runs.reduced(np.add, values.astype(np.float64))
         return total, np.zeros(len(total), np.uint64)
     if values.dtype.itemsize < 8:
-        total = runs.reduced(np.add, values, np.int64)
+        total = runs.reduced(np.add, values.astype(np.int64))
         return total >> _LOW_BITS, (total & _LOW).astype(np.uint64)
     high = runs.reduced(np.add, (values >> _LOW_BITS).astype(np.int64), np.int64)
     return _carried(high, runs.reduced(np.add, (values & _LOW).astype(np.uint64), np.uint64))

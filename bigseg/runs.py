@@ -205,7 +205,7 @@ def _rule_in_words(card: ModelCard) -> str | None:
     if found is None:
         return f"{words} (the defaults: too few objects to choose by)"
     return (
-        f"{words}; on {found['n_objects']} held-out objects mean AP "
+        f"{words}; chosen on {found['n_objects']} held-out objects, of which it makes mean AP "
         f"{found['average_precision']:.4f}, adapted Rand error {found['rand_error']:.4f}"
     )
 
@@ -232,6 +232,8 @@ def _forget(files: RunFiles) -> None:
     """Empty what an earlier run left: the model first, so that none is taken for the new one."""
     if _is_there(files.model):
         store.write_atomic(files.model, b"")
+    if store.exists(files.metrics):
+        store.write_atomic(files.metrics, b"")
     for url in files.states:
         if store.exists(url):
             save_state(url, {}, {"step": 0, "fingerprint": ""})

@@ -5,6 +5,7 @@ It looks at metadata and counts labels; it decides nothing about the network.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,8 @@ from bigseg.annotations import Annotated, held_out, judged, open_annotated, spli
 from bigseg.errors import ConfigError, InputError
 from bigseg.losses import balanced_weights
 from bigseg.targets import class_names
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 DEEP_ENOUGH = 32
 FLATTEST = 3.0
+MOST_LIKELY_CLASSES = 20
 
 _Regions = tuple["Region", "Region"]
 
@@ -172,6 +176,13 @@ def _semantic_classes(
             "labels that name the background too"
         )
     n_classes = max(2, int(present.max(initial=0)) + 1)
+    if len(present) > MOST_LIKELY_CLASSES and asked.classes is None:
+        logger.warning(
+            "the labels %r hold %d different values, each of which is learned as a class of its "
+            "own: if they number objects, stop and say --task instances",
+            asked.labels,
+            len(present),
+        )
     classes = asked.classes or class_names("semantic", n_classes)
     if len(classes) < n_classes:
         raise ConfigError(

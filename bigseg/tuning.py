@@ -20,7 +20,7 @@ import numpy as np
 
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
-from bigseg.metrics import adapted_rand_error, average_precision
+from bigseg.metrics import adapted_rand_error, average_precision, met_objects
 from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE
 
@@ -38,6 +38,11 @@ COARSE_GROWTHS = (0, 4, 8)
 FOREGROUNDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 COARSE_FOREGROUNDS = FOREGROUNDS[::2]
 SIZES = tuple(2**power for power in range(11))
+FEW = 0.05
+"""The share of the objects found that smallest seeds need not spare."""
+MOST_STEPS = 8
+FARTHEST = 0.2
+"""Erosions and foregrounds beyond these are not tried; growth by twice as many steps at most."""
 STRICTEST_IOU = 0.9
 PLATEAU = 1e-3
 """Scores that differ by less are equal: a rule in the middle of many good ones is taken."""
@@ -93,7 +98,7 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     """The rule with the best score over all regions; None for fewer than three true objects.
 
     The same regions give the same rule. Of rules that are equally good the middle one is taken, of
-    smallest seeds the smallest.
+    smallest seeds the smallest, and none above half of what finds small objects here.
     """
     if sum(part.n_objects for part in parts) < FEWEST_OBJECTS:
         return None
@@ -105,11 +110,14 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     best = _middle_of_plateau(found)
     foregrounds = [f for f in FOREGROUNDS if abs(f - best.foreground) < 0.15]
     found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, foregrounds))
-    best = _middle_of_plateau(found)
+    best = _beyond_the_grid(parts, _middle_of_plateau(found))
+    sizes = _sizes_to_try(parts, best)
     found = _try(
-        parts, _Grid([best.threshold], [best.erode], [best.grow], [best.foreground], SIZES)
+        parts, _Grid([best.threshold], [best.erode], [best.grow], [best.foreground], sizes)
     )
-    enough = max(of.score for of in found.values()) - PLATEAU
+    # What one object more or less makes of the score says nothing about the next volume.
+    tolerance = max(PLATEAU, 0.5 / sum(part.n_objects for part in parts))
+    enough = max(of.score for of in found.values()) - tolerance
     # Of sizes that are equally good the smallest: small objects may be missing here by chance.
     best = min((r for r, of in found.items() if of.score >= enough), key=lambda r: r.min_size)
     return best, found[best]
@@ -145,6 +153,51 @@ def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
             for growth, of_parts in zip(grid.growths, zip(*tables, strict=True), strict=True):
                 found[rule.model_copy(update={"grow": growth})] = _judge(parts, of_parts)
     return found
+
+
+def _beyond_the_grid(parts: Sequence[Judged], best: InstanceRule) -> InstanceRule:
+    """The best rule, with what lies beyond the grid tried while it lies on an end of it."""
+    while (grid := _next_grid(best)) is not None:
+        found = _try(parts, grid)
+        next_best = _middle_of_plateau(found, tolerance=0.0)
+        if found[next_best].score <= found[best].score + PLATEAU:
+            break
+        best = next_best
+    return best
+
+
+def _next_grid(best: InstanceRule) -> _Grid | None:
+    """This rule and what follows it beyond the ends on which it lies; None where on none."""
+    erosions, growths, foregrounds = [best.erode], [best.grow], [best.foreground]
+    if EROSIONS[-1] <= best.erode < MOST_STEPS:
+        erosions += [best.erode + 1, best.erode + 2]
+    # What is eroded by more has to grow by more.
+    if GROWTHS[-1] <= best.grow < 2 * MOST_STEPS or len(erosions) > 1:
+        growths += [best.grow + n for n in range(1, 5)]
+    if FARTHEST <= best.foreground <= FOREGROUNDS[0]:
+        foregrounds += [best.foreground - 0.1]
+    if FOREGROUNDS[-1] <= best.foreground <= 1 - FARTHEST:
+        foregrounds += [best.foreground + 0.1]
+    if len(erosions) + len(growths) + len(foregrounds) == 3:
+        return None
+    return _Grid([best.threshold], erosions, growths, [round(f, 2) for f in foregrounds])
+
+
+def _sizes_to_try(parts: Sequence[Judged], rule: InstanceRule) -> list[int]:
+    """Smallest seeds, at most half as large as nearly all seeds that find an object.
+
+    Few objects are held out, so that others will be smaller than the smallest of them.
+    """
+    finders = [np.zeros(0, np.int64)]
+    for part in parts:
+        seeds = _seeds(part, rule)
+        for table in _tables(part, seeds, rule, [rule.grow]):
+            finders.append(np.bincount(seeds.ravel())[met_objects(table)])
+    sizes = np.concatenate(finders)
+    if not len(sizes):
+        return [1]
+    small = np.quantile(sizes, FEW, method="lower")
+    return [size for size in SIZES if size == 1 or 2 * size <= small]
 
 
 def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.uint32]:

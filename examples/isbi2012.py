@@ -1,4 +1,4 @@
-"""Electron microscopy as in the U-Net paper: train on slices 0-17, score slices 18-23.
+"""Electron microscopy as in the U-Net paper: slices 0-16 train, 17 validates, 18-23 are scored.
 
 The ISBI 2012 set (24 annotated slices of ssTEM, 50 × 4 × 4 nm) is not part of bigseg; give the
 folder that holds images.tif and cells.tif (1 inside a cell, 0 membrane).

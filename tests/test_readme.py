@@ -21,7 +21,7 @@ def block(name):
 
 def commands():
     """Every `bigseg ...` that a reader could copy: `$ bigseg` lines and those behind `--`."""
-    found = re.findall(r"(?:\$ |-- )(bigseg [^\n#]*)", README)
+    found = re.findall(r"(?:\$ |-- )(bigseg [^\n#>]*)", README)
     return sorted({c.strip() for c in found})
 
 

@@ -53,6 +53,17 @@ def test_a_network_is_3d_where_the_volume_is(image_at, shape, axes, scale, dims)
     assert recipe.config.batch == (4 if dims == 2 else 1)
 
 
+@pytest.mark.parametrize(("n_values", "is_said"), [(20, False), (21, True)])
+def test_labels_that_look_like_numbered_objects_are_mentioned(image_at, caplog, n_values, is_said):
+    labels = ramp((1, 60, 60), "uint8") % n_values
+    recipe_of(image_at(labels.shape, labels=labels))
+    assert ("--task instances" in caplog.text) == is_said
+    caplog.clear()
+    names = tuple(f"tissue {i}" for i in range(n_values))
+    recipe_of(image_at(labels.shape, labels=labels), classes=names)
+    assert not caplog.text
+
+
 def test_the_default_patches(image_at):
     plane = recipe_of(image_at((1, 400, 400)))
     assert plane.frame.target_shape == (196, 196)

@@ -92,6 +92,20 @@ def test_specks_that_are_no_objects_are_told_from_them_by_their_size():
     assert score.average_precision > precision + 0.2
 
 
+def test_a_cell_half_as_large_as_those_held_out_is_not_dropped():
+    """What is no cell here is nearly as large as a cell: dropping it would look best."""
+    objects = np.zeros((1, 1, 60, 60), np.int64)
+    inside = np.zeros(objects.shape, np.uint8)
+    for number, x in enumerate((2, 17, 32, 47), start=1):
+        objects[..., 5:15, x : x + 10] = number
+        inside[..., 5:15, x : x + 10] = 250
+        inside[..., 30:39, x : x + 9] = 250
+    rule, score = choose_rule([Judged(np.stack([255 - inside, inside]), objects, (1.0, 1.0))])
+    seeds = (10 - 2 * rule.erode) ** 2
+    assert 2 * rule.min_size <= seeds
+    assert score.average_precision == 0.5
+
+
 def test_objects_that_are_seen_clearly_are_found_whole():
     part = part_of((1, 1, 80, 80), 12)
     rule, score = choose_rule([part])
@@ -112,6 +126,19 @@ def test_bridges_between_objects_are_eroded():
     assert 1 <= rule.erode <= 3
     assert score.n_objects == 4
     assert score.average_precision > 0.8
+
+
+def test_a_rim_wider_than_the_grid_is_grown_over():
+    objects = np.zeros((1, 1, 150, 150), np.int64)
+    inside = np.zeros(objects.shape, np.uint8)
+    for number, (y, x) in enumerate(((5, 5), (5, 80), (80, 5), (80, 80)), start=1):
+        objects[..., y : y + 62, x : x + 62] = number
+        inside[..., y + 12 : y + 50, x + 12 : x + 50] = 250
+    border = np.where((objects > 0) & (inside == 0), np.uint8(250), np.uint8(0))
+    part = Judged(np.stack([255 - inside - border, inside, border]), objects, (1.0, 1.0))
+    rule, score = choose_rule([part])
+    assert rule.grow > max(tuning.GROWTHS)
+    assert score.average_precision == 1
 
 
 def test_where_objects_fill_the_space_running_together_counts():
