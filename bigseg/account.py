@@ -56,7 +56,8 @@ def conclusion(result: SegmentResult) -> list[str]:
         )
     source = open_volume(plan.source.url, level=plan.source.level)
     picture = save_result_picture(
-        SourceVolume.of(source, plan.on_bad_chunk),
+        # Everything is done: a chunk of a coarser level, which nothing else reads, ends no run.
+        SourceVolume.of(source, "fill"),
         open_volume(plan.output.url),
         plan.region,
         channel=plan.source.channels[0],

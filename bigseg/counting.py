@@ -55,8 +55,8 @@ def read_count(plan: Plan) -> int:
     Raises:
         OutputError: the file that says it is gone or damaged.
     """
-    data = BlockFiles.of(plan, COUNT).read(0)
-    return int(unpack(data, COUNT, most_bytes=8)[COUNT][0])
+    files = BlockFiles.of(plan, COUNT)
+    return int(files.load(0, lambda data: unpack(data, COUNT, most_bytes=8))[COUNT][0])
 
 
 def _number(plan: Plan, guard: Callable[[], None]) -> int:
@@ -118,7 +118,7 @@ def _write_table(plan: Plan) -> int:
     )
     write_table(
         objects_url(plan.output.url),
-        lambda block: ObjectSums.from_bytes(files.read(block)),
+        lambda block: files.load(block, ObjectSums.from_bytes),
         n_blocks=len(plan.grid),
         n_objects=n,
         spec=spec,

@@ -20,8 +20,8 @@ from bigseg.borders import draw_place, scaled, touching
 from bigseg.errors import InputNotFoundError, LockedError
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger
 from bigseg.lock import Lock
-from bigseg.plan import PREDICT, stage_grids
-from bigseg.results import ledger_url
+from bigseg.plan import NUMBER, PREDICT, stage_grids
+from bigseg.results import erase_condemned, ledger_url
 from bigseg.scratch import predicted_url
 from bigseg.volume import open_volume, unlist_label
 
@@ -60,12 +60,12 @@ class Examined:
 
     @classmethod
     def of(cls, plan: Plan, ledger: Ledger, image: str | None) -> Examined:
-        """The result of a plan, whose metadata were found right."""
-        finest = open_volume(plan.output.url)
-        names = [plan.finest_stage, *(f"pyramid-{k}" for k in range(1, finest.n_levels))]
-        levels = {stage: finest.at(k) for k, stage in enumerate(names)}
-        if plan.keeps_probabilities:
-            levels = {PREDICT: _probabilities(plan), **levels}
+        """The result of a plan, whose metadata were found right; it may have no labels yet."""
+        levels = {PREDICT: _probabilities(plan)} if plan.keeps_probabilities else {}
+        if plan.instances is None or ledger.n_done(NUMBER):
+            finest = open_volume(plan.output.url)
+            names = [plan.finest_stage, *(f"pyramid-{k}" for k in range(1, finest.n_levels))]
+            levels |= {stage: finest.at(k) for k, stage in enumerate(names)}
         every = stage_grids(plan)
         grids = {stage: every[stage] for stage in levels}
         marks = {
@@ -118,8 +118,7 @@ class Examined:
     def condemn(self, stage: str, block: int) -> None:
         """Blame a block of which what lies there must go before it is made again.
 
-        Zarr reads a shard before it writes it, also to write all of it (3.1.6), so that one that
-        cannot be read would never be written again; and blocks that are empty are not written.
+        Why it must is said in `erase_condemned`.
         """
         self.condemned.setdefault(stage, set()).add(block)
         self.blame(stage, [block])
@@ -179,14 +178,12 @@ class Examined:
                 )
             if self.image is not None:
                 unlist_label(self.image, self.plan.output.name)
-            # Before they are taken back: a kill in between leaves what the next `verify` finds.
-            self._erase()
             wrong = {stage: sorted(blocks) for stage, blocks in self.wrong.items()}
             if PREDICT in self.wrong:
                 for stage in ledger.stages.keys() - self.grids.keys():
                     wrong[stage] = np.flatnonzero(~ledger.pending(stage)).tolist()
-            for stage, blocks in wrong.items():
-                ledger.unmark(stage, blocks)
+            ledger.take_back(wrong, self.condemned)
+            erase_condemned(self.plan, ledger)
         return sum(map(len, wrong.values()))
 
     def _is_done(self, stage: str, block: int) -> bool:
@@ -199,14 +196,6 @@ class Examined:
             if stage in self.marks
             for block in blocks
         )
-
-    def _erase(self) -> None:
-        for stage, blocks in self.condemned.items():
-            level = self.levels[stage]
-            for block in blocks:
-                core = self.grids[stage][block].core
-                # Objects that would hold nothing but zeros are deleted.
-                level.write(core, np.zeros((level.n_channels, *core.shape), level.dtype))
 
     def _candidates(self, n: int, rng: np.random.Generator) -> Iterator[tuple[str, int, Region]]:
         """Chunks of blocks of coarser levels that are done: all in any order, or many draws."""

@@ -85,7 +85,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: the checks in order, and the blocks that were taken back."""
+    """What `verify` found: the checks in order, and the blocks that were taken back.
+
+    `needs_network` says that those can only be made again by the network, over the whole volume.
+    `made_at` is where the result was made, if it was moved since: then nothing is taken back.
+    """
 
     url: str
     is_finished: bool
@@ -93,6 +97,8 @@ class Verification:
     n_done: int
     checks: tuple[Check, ...]
     n_taken_back: int
+    needs_network: bool = False
+    made_at: str | None = None
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -112,6 +118,13 @@ class Verification:
             return (
                 f"{self.url} is wrong in {len(self.findings)} places, and {self.n_taken_back} "
                 "blocks were taken back: the same `bigseg segment` command makes them again"
+                + (_WITH_THE_NETWORK if self.needs_network else "")
+            )
+        if self.findings and self.made_at:
+            return (
+                f"{self.url} is wrong in {len(self.findings)} places, and nothing was taken back, "
+                f"because `bigseg segment` goes on only where it was made, at {self.made_at}: move "
+                "it back there, its image too, and verify it again"
             )
         if self.findings and all(finding.stage == "list" for finding in self.findings):
             return f"{self.findings[0].reason}: the same `bigseg segment` command mends it"
@@ -157,4 +170,8 @@ class Verification:
         return "\n".join(lines)
 
 
+_WITH_THE_NETWORK = (
+    ", and with them all others, with the network over the whole volume, because the "
+    "probabilities of its objects were not kept (--keep-probabilities)"
+)
 _LEAVE_OUT: dict[CheckName, str] = {"pyramid": "--chunks 0", "seams": "--seams 0"}

@@ -18,10 +18,11 @@ from bigseg.borders import touching
 from bigseg.faces import describe
 from bigseg.filling import SourceVolume
 from bigseg.instances import FOREGROUND_BIT, Steps, components, grow, owners_of
+from bigseg.intact import marked, numbered
 from bigseg.ledger import checksum_of
 from bigseg.objects import ObjectSums, sums_of
 from bigseg.packing import pack, unpack
-from bigseg.plan import CLOSE, HOLES, NUMBER, OBJECTS, Plan
+from bigseg.plan import CLOSE, GROW, HOLES, NUMBER, OBJECTS, Plan
 from bigseg.scratch import BlockFiles
 from bigseg.seed_stages import CodeReader, adjacency_of, widened
 from bigseg.thread_stage import ThreadStage
@@ -82,21 +83,21 @@ class GrowStage(LabelStage):
         self._rule = plan.instances.rule
         self._steps = Steps(plan.instances.ratios)
         self._codes = CodeReader(plan)
-        self._ids = open_volume(scratch.array_url(plan, scratch.IDS))
         self._numbers = functools.lru_cache(KEPT_NUMBERS)(functools.partial(read_numbers, plan))
+        self._ids = numbered(plan, scratch.IDS, lambda block: len(self._numbers(NUMBER, block)))
         self._grown = None
         if self._rule.fill_holes:
-            self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
+            self._grown = scratch.open_array(plan, scratch.array_url(plan, scratch.GROWN))
 
     def read(self, block: Block) -> NDArray[np.uint64]:
         """The labels (t, z, y, x) of the core; 0 outside the plan's region."""
         core = self.parts[block.index].core
         margin = self._steps.reach_vox(self._rule.grow)
         around = core.grow(margin, margin).intersect(self.plan.region)
-        seeds = self._seeds(around)
+        seeds = self._seeds(around, block.index)
         if not seeds.any():
             return np.zeros(block.core.shape, np.uint64)
-        codes = self._codes.read(around)
+        codes = self._codes.read(around, block.index)
         self.fetched.add(codes.nbytes + seeds.nbytes)
         labels = grow(seeds, (codes & FOREGROUND_BIT) != 0, self._rule.grow, self._steps)
         return widened(labels[core.relative_to(around.start).slices], core, block.core)
@@ -110,9 +111,9 @@ class GrowStage(LabelStage):
         self.written.add(values.nbytes)
         return checksum_of(np.ascontiguousarray(values).data)
 
-    def _seeds(self, region: Region) -> NDArray[np.uint64]:
+    def _seeds(self, region: Region, block: int) -> NDArray[np.uint64]:
         """Seeds (t, z, y, x) by their numbers, from all blocks that have a part of the region."""
-        ids = self._ids.read(region)[0]
+        ids = self._ids.read(region, block)[0]
         seeds = np.zeros(ids.shape, np.uint64)
         for number in touching(self.grid, region):
             part = self.grid[number].core.intersect(region).relative_to(region.start).slices
@@ -129,8 +130,8 @@ class HolesStage(ThreadStage):
         super().__init__(plan.grid, n_threads)
         assert plan.instances is not None
         self._plan, self._parts, self._dims = plan, plan.clipped_grid, plan.instances.dims
-        self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
-        self._gaps = open_volume(scratch.array_url(plan, scratch.GAPS))
+        self._grown = marked(plan, GROW, scratch.array_url(plan, scratch.GROWN))
+        self._gaps = scratch.open_array(plan, scratch.array_url(plan, scratch.GAPS))
         self._files = BlockFiles.of(plan, HOLES)
         self._adjacency = adjacency_of(plan, HOLES)
 
@@ -139,7 +140,7 @@ class HolesStage(ThreadStage):
         core = self._parts[block.index].core
         margin = (0,) * (4 - self._dims) + (1,) * self._dims
         around = core.grow(margin, margin).intersect(self._plan.region)
-        labels = self._grown.read(around)[0]
+        labels = self._grown.read(around, block.index)[0]
         self.fetched.add(labels.nbytes)
         within = core.relative_to(around.start).slices
         ids = np.zeros(labels.shape, np.uint32)
@@ -173,17 +174,16 @@ class FillStage(LabelStage):
 
     def __init__(self, plan: Plan, n_threads: int) -> None:
         super().__init__(plan, n_threads)
-        self._grown = open_volume(scratch.array_url(plan, scratch.GROWN))
-        self._gaps = open_volume(scratch.array_url(plan, scratch.GAPS))
+        self._grown = marked(plan, GROW, scratch.array_url(plan, scratch.GROWN))
+        self._numbers = functools.lru_cache(KEPT_NUMBERS)(functools.partial(read_numbers, plan))
+        self._gaps = numbered(plan, scratch.GAPS, lambda block: len(self._numbers(CLOSE, block)))
 
     def read(self, block: Block) -> NDArray[np.uint64]:
         """The labels (t, z, y, x) of the core."""
-        labels = self._grown.read(block.core)[0].astype(np.uint64)
-        gaps = self._gaps.read(block.core)[0]
+        labels = self._grown.read(block.core, block.index)[0].astype(np.uint64)
+        gaps = self._gaps.read(block.core, block.index)[0]
         self.fetched.add(labels.nbytes + gaps.nbytes)
-        becomes = np.concatenate(
-            [np.zeros(1, np.uint64), read_numbers(self.plan, CLOSE, block.index)]
-        )
+        becomes = np.concatenate([np.zeros(1, np.uint64), self._numbers(CLOSE, block.index)])
         filled: NDArray[np.uint64] = labels + becomes[gaps]
         return filled
 
@@ -194,10 +194,11 @@ def read_numbers(plan: Plan, kind: str, block: int) -> NDArray[np.uint64]:
     Raises:
         OutputError: the file is gone or damaged.
     """
-    data = BlockFiles.of(plan, kind).read(block)
     # A component has at least a voxel.
     most_bytes = 8 * plan.clipped_grid[block].core.n_voxels
-    numbers: NDArray[np.uint64] = unpack(data, NUMBERS, most_bytes=most_bytes)[NUMBERS]
+    numbers: NDArray[np.uint64] = BlockFiles.of(plan, kind).load(
+        block, lambda data: unpack(data, NUMBERS, most_bytes=most_bytes)
+    )[NUMBERS]
     return numbers
 
 

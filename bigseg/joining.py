@@ -266,6 +266,6 @@ def _joined(
 
 def _misfit(what: str) -> OutputError:
     return OutputError(
-        f"pairs of equal components name {what}: the tables of a run do not fit each other, start "
-        "anew with --overwrite"
+        f"pairs of equal components name {what}, so the tables of this run do not fit each "
+        "other: remove the folder scratch of the result, and the same command makes them again"
     )

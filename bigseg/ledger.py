@@ -1,6 +1,6 @@
 """What is finished: the stored plan and one mark for every block of every stage.
 
-    <output>/ledger/           attributes: plan, finished, record
+    <output>/ledger/           attributes: stages, plan, finished, record, taken_back
     <output>/ledger/troubles.json  why blocks failed, and chunks of the input that were filled
     <output>/ledger/predict    uint32, one value a block: 0 not done, EMPTY_MARK nothing was written
                                because all is background, else a checksum of the written bytes
@@ -27,11 +27,14 @@ from zarr.codecs import ZstdCodec
 from bigseg import store
 from bigseg.errors import InputNotFoundError, OutputError
 from bigseg.guards import check_array
+from bigseg.taken_back import TakenBack, blocks_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from bigseg.taken_back import Blocks
 
 MARKS_PER_CHUNK = 1 << 16
 # Their marks take a gigabyte of memory.
@@ -136,10 +139,11 @@ class Ledger:
         """
         self.flush()
         with _writing(self.url):
-            for stage in n_blocks.keys() - set(self._group.array_keys()):
+            # One by one: a listing of the group warns of the file that is no Zarr node.
+            for stage in [s for s in n_blocks if s not in self._group]:
                 _create_marks(self._group, stage, n_blocks[stage])
             # In one write: the ledger is that of the one plan or the other.
-            self._group.attrs.update({"stages": dict(n_blocks), "plan": dict(plan)})
+            self._group.update_attributes({"stages": dict(n_blocks), "plan": dict(plan)})
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class Ledger:
         self.flush()
         self._guard()
         with _writing(self.url):
-            self._group.attrs.update({"finished": True, "record": dict(record)})
+            self._group.update_attributes({"finished": True, "record": dict(record)})
 
     @property
     def record(self) -> dict[str, Any]:
@@ -222,8 +226,35 @@ class Ledger:
             self._changed.add((stage, block // MARKS_PER_CHUNK))
         self._guard()
         with _writing(self.url):
-            self._group.attrs.update({"finished": False})
+            self._group.update_attributes({"finished": False})
         self.flush()
+
+    def take_back(self, wrong: Blocks, condemned: Blocks) -> None:
+        """Let blocks of several stages be done again, and the output be unfinished, in one write.
+
+        The `condemned` among them must be erased before; they are known until `settle` is called.
+
+        Raises:
+            OutputError: it cannot be noted.
+        """
+        note = self._taken_back.joined(wrong, condemned)
+        self._guard()
+        with _writing(self.url):
+            self._group.update_attributes({"finished": False, "taken_back": note.as_json()})
+        self._unmark_taken_back()
+
+    @property
+    def condemned(self) -> dict[str, list[int]]:
+        """The blocks, by stage, that were taken back and must be erased before they are done."""
+        return {s: list(blocks_in(ranges)) for s, ranges in self._taken_back.condemned.items()}
+
+    def settle(self) -> None:
+        """Note that what was condemned is erased, so that what was taken back can be done again."""
+        if self._taken_back.wrong:
+            self._unmark_taken_back()
+            left = {k: v for k, v in self._group.attrs.items() if k != "taken_back"}
+            with _writing(self.url):
+                self._group.attrs.put(left)
 
     def check(self) -> None:
         """Make sure that what the marks speak of may be written.
@@ -280,7 +311,26 @@ class Ledger:
     def _of(self, stage: str) -> NDArray[np.uint32]:
         if stage not in self._marks:
             self._marks[stage] = np.asarray(self._array(stage)[:], dtype=np.uint32)
+            self._clear(stage)
         return self._marks[stage]
+
+    @property
+    def _taken_back(self) -> TakenBack:
+        return TakenBack.from_json(self._group.attrs.get("taken_back"))
+
+    def _unmark_taken_back(self) -> None:
+        for stage in self._taken_back.wrong.keys() & self.stages.keys():
+            self._clear(stage)
+        self.flush()
+
+    def _clear(self, stage: str) -> None:
+        """Unmark what was taken back of a stage: a kill can have left the marks of it."""
+        marks = self._of(stage)
+        for start, stop in self._taken_back.wrong.get(stage, []):
+            left = start + np.flatnonzero(marks[start:stop])
+            marks[left] = NOT_DONE
+            chunks = np.unique(left // MARKS_PER_CHUNK).tolist()
+            self._changed.update((stage, chunk) for chunk in chunks)
 
     def _array(self, stage: str) -> zarr.Array[Any]:
         try:

@@ -87,8 +87,8 @@ def unpack(
 def damaged(kind: str, why: str, n_bytes: int) -> OutputError:
     """The error that says why bytes are refused."""
     return OutputError(
-        f"a file of {n_bytes} bytes is no {kind} of bigseg's, or damaged ({why}): start anew with "
-        "--overwrite"
+        f"a file of {n_bytes} bytes is no {kind} of bigseg's, or damaged ({why}): remove the "
+        "folder scratch of the result, and the same command makes it again"
     )
 
 

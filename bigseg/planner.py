@@ -117,7 +117,7 @@ def make_plan(
         region_start=region.start,
         region_stop=region.stop,
         output=output,
-        instances=plan_instances(config, asked.card, source, core),
+        instances=plan_instances(config, asked.card, source, core, begun=begun),
     )
     _check_number(plan)
     order = _choose_order(asked, plan, source, memory)
@@ -235,7 +235,7 @@ def _choose_engine(asked: _Asked) -> EngineSpec:
 def _memory_model(
     asked: _Asked, engine: EngineSpec, source: Volume, channels: Sequence[int]
 ) -> MemoryModel:
-    dtype, n_channels = predicted_type(asked.config, asked.card)
+    dtype, n_channels = predicted_type(asked.config, asked.card, asked.begun)
     return MemoryModel(
         spec=asked.card.spec,
         device=engine.device,

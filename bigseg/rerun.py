@@ -21,6 +21,7 @@ from bigseg.volume import open_volume
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from bigseg.machine import Resources
     from bigseg.places import Place
     from bigseg.plan import Plan
     from bigseg.progress import Progress
@@ -69,8 +70,9 @@ def remake_instances(
         changed = plan.model_copy(update={"instances": with_rule(plan.instances, options, source)})
         if changed != plan:
             change_rule(plan, changed, ledger, lock.check)
-        with place.executor(changed, None, lock.owner) as pool, stopping() as stop:
-            return carry_out(changed, ledger, pool, progress, stop=stop, note=lock.note)
+        plan_here = _for_workers(changed, ledger, place.resources.shared_by(workers or 1))
+        with place.executor(plan_here, None, lock.owner) as pool, stopping() as stop:
+            return carry_out(plan_here, ledger, pool, progress, stop=stop, note=lock.note)
 
 
 def _plan_of(url: str) -> Plan:
@@ -107,3 +109,10 @@ def _plan_of(url: str) -> Plan:
             "segment` command that began it finish first"
         )
     return plan
+
+
+def _for_workers(plan: Plan, ledger: Ledger, resources: Resources) -> Plan:
+    """The plan for workers with these resources; it gives the same bytes."""
+    # A run that met a bad chunk can have gone on with another rule than the plan that was stored.
+    rule = "fill" if ledger.filled else plan.on_bad_chunk
+    return plan.model_copy(update={"memory_bytes": resources.memory_bytes, "on_bad_chunk": rule})

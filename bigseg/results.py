@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bigseg import layout, store
 from bigseg.errors import ConfigError, InputError, OutputError, UsageError
 from bigseg.ledger import Ledger
-from bigseg.plan import PREDICT, Plan, output_spec, stage_grids
+from bigseg.plan import NUMBER, PREDICT, Plan, output_spec, stage_grids
 from bigseg.scratch import (
     create_scratch,
     has_scratch,
@@ -28,7 +30,9 @@ from bigseg.table import objects_url
 from bigseg.volume import create_pyramid, open_volume, unlist_label
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from bigseg.volume import Volume
 
 
 def ledger_url(output_url: str) -> str:
@@ -129,6 +133,40 @@ def is_made_by_segment(url: str) -> bool:
     return isinstance(provenance, dict) and "fingerprint" in provenance
 
 
+def erase_condemned(plan: Plan, ledger: Ledger) -> None:
+    """Erase what lies in condemned blocks, so that what was taken back can be made again.
+
+    Zarr reads a shard before it writes it, also to write all of it (3.1.6), so that one that cannot
+    be read would never be written again; and blocks that are empty are not written. Whoever goes on
+    with a result does this first: the `verify` that took them back may have been cut off.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    for stage, blocks in ledger.condemned.items():
+        level = _level_of(plan, ledger, stage)
+        if level is None:
+            continue
+        grid = stage_grids(plan)[stage]
+        for block in blocks:
+            ledger.check()
+            core = grid[block].core
+            # Objects that would hold nothing but zeros are deleted.
+            level.write(core, np.zeros((level.n_channels, *core.shape), level.dtype))
+    ledger.settle()
+
+
+def _level_of(plan: Plan, ledger: Ledger, stage: str) -> Volume | None:
+    """What a stage writes, None where that is to be made anew, empty, before the stage."""
+    if plan.instances is not None:
+        if stage == PREDICT:
+            return open_volume(predicted_url(plan)) if has_probabilities(plan) else None
+        if not ledger.n_done(NUMBER):
+            return None
+    level = 0 if stage == plan.finest_stage else int(stage.removeprefix("pyramid-"))
+    return open_volume(plan.output.url, level=level)
+
+
 def restore_scratch(plan: Plan, ledger: Ledger) -> None:
     """Let everything that needs scratch space be done again, where that is gone.
 
@@ -147,6 +185,16 @@ def restore_scratch(plan: Plan, ledger: Ledger) -> None:
         ledger.unmark(stage, range(n_blocks))
     remove_scratch(plan.output.url)
     create_scratch(plan)
+
+
+def needs_network(plan: Plan, taken_back: Iterable[str]) -> bool:
+    """Whether making blocks of these stages again takes the network, over the whole volume.
+
+    It does for objects where all that they were made from is gone; see `restore_scratch`.
+    """
+    if plan.instances is None or has_scratch(plan) or has_probabilities(plan):
+        return False
+    return any(not stage.startswith("pyramid-") for stage in taken_back)
 
 
 def has_probabilities(plan: Plan) -> bool:

@@ -134,7 +134,8 @@ class Reference:
     def compare(self, box: Region, stored: NDArray[Any]) -> Difference | str | None:
         """How the voxels (c, t, z, y, x) that are stored at a box differ; None where they do not.
 
-        Of instances they are the probabilities, where those were kept.
+        Of instances they are the probabilities, where those were kept: what labels follow from them
+        object_seams.py says.
 
         Raises:
             BigsegError: the image cannot be read there.

@@ -21,12 +21,12 @@ from bigseg.faces import (
     pairs_to_bytes,
 )
 from bigseg.instances import INSIDE_BIT, Steps, codes_of, components, erode
+from bigseg.intact import marked
 from bigseg.ledger import checksum_of
-from bigseg.plan import HOLES, SEEDS, STITCH_HOLES, Plan
+from bigseg.plan import HOLES, PREDICT, SEEDS, STITCH_HOLES, Plan
 from bigseg.scratch import BlockFiles
 from bigseg.stitch import neighbours
 from bigseg.thread_stage import ThreadStage
-from bigseg.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,15 +43,18 @@ class CodeReader:
 
     def __init__(self, plan: Plan) -> None:
         assert plan.instances is not None
-        self._volume = open_volume(scratch.predicted_url(plan))
+        self._predicted = marked(plan, PREDICT, scratch.predicted_url(plan))
         self._rule = plan.instances.rule if plan.instances.keep_probabilities else None
 
-    def read(self, region: Region) -> NDArray[np.uint8]:
-        """Codes (t, z, y, x)."""
-        if self._rule is None:
-            codes: NDArray[np.uint8] = self._volume.read(region)[0]
-            return codes
-        return codes_of(self._volume.read(region, range(self._volume.n_channels)), self._rule)
+    def read(self, region: Region, block: int) -> NDArray[np.uint8]:
+        """Codes (t, z, y, x) of a region that holds a block's part of the plan's region.
+
+        Raises:
+            OutputError: what the network said is no longer there.
+        """
+        values: NDArray[np.uint8] = self._predicted.read(region, block)
+        codes: NDArray[np.uint8] = values[0] if self._rule is None else codes_of(values, self._rule)
+        return codes
 
 
 class SeedsStage(ThreadStage):
@@ -64,7 +67,7 @@ class SeedsStage(ThreadStage):
         self._parts = plan.clipped_grid
         self._steps = Steps(plan.instances.ratios)
         self._codes = CodeReader(plan)
-        self._ids = open_volume(scratch.array_url(plan, scratch.IDS))
+        self._ids = scratch.open_array(plan, scratch.array_url(plan, scratch.IDS))
         self._files = BlockFiles.of(plan, SEEDS)
         self._adjacency = adjacency_of(plan, SEEDS)
 
@@ -73,7 +76,7 @@ class SeedsStage(ThreadStage):
         core = self._parts[block.index].core
         margin = self._steps.reach_vox(self._rule.erode)
         grown = core.grow(margin, margin).intersect(self._plan.region)
-        codes = self._codes.read(grown)
+        codes = self._codes.read(grown, block.index)
         self.fetched.add(codes.nbytes)
         seeds = erode((codes & INSIDE_BIT) != 0, self._rule.erode, self._steps)
         ids, _ = components(
@@ -142,7 +145,9 @@ class ComponentFiles:
             OutputError: the file is gone or damaged.
         """
         core = self._parts[block].core
-        return BlockComponents.from_bytes(self._files.read(block), core=core, axes=axes)
+        return self._files.load(
+            block, lambda data: BlockComponents.from_bytes(data, core=core, axes=axes)
+        )
 
     def read_table(self, block: int) -> BlockComponents:
         """Those of one block without planes.
@@ -158,10 +163,11 @@ class ComponentFiles:
         Raises:
             OutputError: the file is gone or damaged.
         """
-        data = BlockFiles.of(self._plan, pairs_of(self._kind)).read(block)
         # A voxel has 80 neighbours in four axes.
         most_pairs = 80 * self._parts[block].core.n_voxels
-        return pairs_from_bytes(data, most_pairs=most_pairs)
+        return BlockFiles.of(self._plan, pairs_of(self._kind)).load(
+            block, lambda data: pairs_from_bytes(data, most_pairs=most_pairs)
+        )
 
 
 def pairs_of(kind: str) -> str:

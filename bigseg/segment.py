@@ -34,6 +34,7 @@ from bigseg.results import (
     begun_plan,
     check_same,
     create_result,
+    erase_condemned,
     ledger_url,
     remove_result,
     restore_scratch,
@@ -193,6 +194,7 @@ def carry_out(
     """
     started = time.monotonic()
     stop = stop or threading.Event()
+    erase_condemned(plan, ledger)
     restore_scratch(plan, ledger)
     grids = stage_grids(plan)
     n_before = sum(map(ledger.n_done, grids))

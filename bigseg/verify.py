@@ -7,19 +7,23 @@
 
 Each check looks at what those before it found right. What is wrong is taken back in the ledger,
 with all that was made from it, and the result is taken out of the list: the same `segment` command
-then makes those blocks again. Wrong metadata are only told.
+then makes those blocks again. Wrong metadata are only told, and so is all that is wrong with a
+result that was moved. Of objects that have no labels yet the kept probabilities are checked.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from bigseg import store
 from bigseg.blocks import Block
 from bigseg.borders import touching
 from bigseg.engine import available_cpus
@@ -35,9 +39,10 @@ from bigseg.examined import Examined
 from bigseg.findings import Check, Finding, Verification
 from bigseg.ledger import EMPTY_MARK, NOT_DONE, Ledger, checksum_of
 from bigseg.lock import read_lock
+from bigseg.object_seams import fault_of_kept
 from bigseg.plan import NUMBER, OBJECTS
 from bigseg.pyramid_stage import PyramidStage
-from bigseg.results import begun_plan
+from bigseg.results import begun_plan, needs_network
 from bigseg.seams import Reference
 from bigseg.soundness import BESIDE, check_metadata
 from bigseg.status import image_of, open_result
@@ -54,6 +59,7 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 MOST_THREADS = 8
+NO_LABELS = "there are no labels yet"
 
 
 def verify(
@@ -65,7 +71,7 @@ def verify(
     transform: Transform | None = None,
     progress: Progress,
 ) -> Verification:
-    """Check the result at `url`, and take back what is wrong with it.
+    """Check the result at `url`, and take back what is wrong with it, unless it was moved.
 
     Of the pyramid `n_chunks` chunks are made again, of the seams `n_seams` places, drawn with
     `seed`; 0 leaves the check out. `transform` is the user's function where the result was made
@@ -87,25 +93,41 @@ def verify(
             raise IncompleteError(
                 f"{url} was begun and holds nothing yet: the same `bigseg segment` command goes on"
             )
-        plan = _moved(begun_plan(ledger, url), ledger, url)
-        if plan.instances is not None and not ledger.n_done(NUMBER):
+        begun = begun_plan(ledger, url)
+        plan = _moved(begun, ledger, url)
+        has_labels = plan.instances is None or ledger.n_done(NUMBER) > 0
+        if not has_labels and not plan.keeps_probabilities:
             raise IncompleteError(
                 f"{url} has no labels yet: the same `bigseg segment` command goes on"
             )
         image = image_of(url) if plan.output.beside else None
-        metadata = check_metadata(plan, ledger, image=image)
+        metadata = Check("metadata", 0, not_done=NO_LABELS)
+        if has_labels:
+            metadata = check_metadata(plan, ledger, image=image)
         if any(finding.stage not in BESIDE for finding in metadata.findings):
             return _verification(ledger, url, (metadata, *_not_made("the metadata are wrong")))
         examined = Examined.of(plan, ledger, image)
         if any(finding.stage == OBJECTS for finding in metadata.findings):
             examined.wrong[OBJECTS] = {0}
-        checks = (
-            metadata,
-            _check_blocks(examined, progress),
-            _check_pyramid(examined, n_chunks, np.random.default_rng((seed, 0)), progress),
-            _check_seams(examined, n_seams, np.random.default_rng((seed, 1)), transform, progress),
-        )
-    return _verification(ledger, url, checks, n_taken_back=examined.take_back())
+        blocks = _check_blocks(examined, progress)
+        rest = _not_made(NO_LABELS)[1:]
+        if has_labels:
+            rng = [np.random.default_rng((seed, i)) for i in range(2)]
+            rest = (
+                _check_pyramid(examined, n_chunks, rng[0], progress),
+                _check_seams(examined, n_seams, rng[1], transform, progress),
+            )
+    # Elsewhere no run would go on with it.
+    made_at = None if _place_of(begun.output.url) == _place_of(url) else begun.output.url
+    n_taken_back = 0 if made_at else examined.take_back()
+    checks = (metadata, blocks, *rest)
+    found = _verification(ledger, url, checks, n_taken_back=n_taken_back)
+    return replace(found, needs_network=needs_network(plan, examined.wrong), made_at=made_at)
+
+
+def _place_of(url: str) -> str:
+    """One name for all names that a place has on this machine."""
+    return os.path.realpath(url.removeprefix("file://")) if store.is_local(url) else url.rstrip("/")
 
 
 def _not_made(why: str) -> tuple[Check, ...]:
@@ -241,10 +263,14 @@ def _check_seams(
             else:
                 if difference is not None:
                     findings.append(Finding(stage, None, place.box, str(difference)))
+                elif fault := fault_of_kept(
+                    examined.plan, place.box, read=examined.read, is_right=examined.is_right
+                ):
+                    findings.append(fault)
             task.advance(1, voxels=place.box.n_voxels)
     for finding in findings:
         assert finding.region is not None
-        examined.blame(stage, touching(examined.grids[stage], finding.region))
+        examined.blame(finding.stage, touching(examined.grids[finding.stage], finding.region))
     return Check(
         "seams",
         len(places) - len(unread),

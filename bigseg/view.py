@@ -8,18 +8,20 @@ Background is black in a panel and transparent over the raw image.
 from __future__ import annotations
 
 import io
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bigseg import store
-from bigseg.blocks import Region
+from bigseg.blocks import BlockGrid, Region, ceil_div
 from bigseg.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bigseg.blocks import Vec
     from bigseg.volume import Volume
 
     Pixels = NDArray[np.uint8]  # (y, x, 3)
@@ -30,8 +32,10 @@ LARGEST_PX = 2048  # of the picture along an axis
 SMALLEST_PANEL_PX = 512
 GAP_PX = 8
 CAPTION_PX = 18
+RESULT_PANELS = 3  # raw, result, overlay
 CONTRAST = (1.0, 99.8)  # percentiles shown as black and white
 OPACITY = 0.45
+PIECE_VOXELS = 1 << 24  # decoded at a time, or one chunk
 SUFFIXES = (".ome.zarr", ".zarr")
 
 # Okabe & Ito 2008, told apart by colour-blind people too; class 0 is background.
@@ -93,18 +97,69 @@ def save_result_picture(
     It lies beside the image and carries the result's name (or beside the result, where that is a
     store of its own); for remote stores in the working directory. Returns its location. Of several
     result channels the second is shown: the first is background.
+
+    Both volumes have the same extent. Of planes with many more voxels than the picture has pixels a
+    coarser level is read where both have it, and of that every so many voxels, so that memory is
+    bounded: `PIECE_VOXELS` decoded voxels, and of each volume less than 8 million that are shown.
     """
-    t, z = ((a + b) // 2 for a, b in zip(region.start[:2], region.stop[:2], strict=True))
-    plane = Region((t, z, *region.start[2:]), (t + 1, z + 1, *region.stop[2:]))
+    source, result, plane = _for_picture(source, result, region)
     shown = min(1, result.n_channels - 1)
     path = _picture_path(source.url, result.url)
     save_overlay(
-        path,
-        source.read(plane, (channel,))[0, 0, 0],
-        result.read(plane, (shown,))[0, 0, 0],
-        kind=kind,
+        path, _read_thinned(source, plane, channel), _read_thinned(result, plane, shown), kind=kind
     )
     return path
+
+
+def _for_picture(source: Volume, result: Volume, region: Region) -> tuple[Volume, Volume, Region]:
+    """The coarsest level with two voxels for each pixel, and the plane there that is shown."""
+    finest = source.shape
+    plane = _middle_of(region)
+    while _step(plane.shape[-2:], n_panels=RESULT_PANELS) > 1:
+        if min(v.n_levels - v.level for v in (source, result)) == 1:
+            break
+        coarser = source.at(source.level + 1), result.at(result.level + 1)
+        smaller = _at_level(_middle_of(region), finest, coarser[0].shape)
+        if coarser[0].shape != coarser[1].shape or not _is_enough(smaller.shape[-2:]):
+            break
+        (source, result), plane = coarser, smaller
+    return source, result, plane
+
+
+def _middle_of(region: Region) -> Region:
+    """Its plane (y, x) in the middle of t and z."""
+    t, z = ((a + b) // 2 for a, b in zip(region.start[:2], region.stop[:2], strict=True))
+    return Region((t, z, *region.start[2:]), (t + 1, z + 1, *region.stop[2:]))
+
+
+def _at_level(plane: Region, shape: Vec, coarser: Vec) -> Region:
+    """Where a plane of a level of `shape` lies in a coarser one."""
+    lengths = list(zip(shape, coarser, strict=True))
+    start = tuple(a * m // n for a, (n, m) in zip(plane.start, lengths, strict=True))
+    stop = (ceil_div(b * m, n) for b, (n, m) in zip(plane.stop[2:], lengths[2:], strict=True))
+    return Region(start, (start[0] + 1, start[1] + 1, *stop))
+
+
+def _read_thinned(volume: Volume, plane: Region, channel: int) -> NDArray[Any]:
+    """The voxels (y, x) of a plane that a picture shows: all, or every so many of a large one."""
+    step = _step(plane.shape[2:], n_panels=RESULT_PANELS)
+    thinned = np.zeros([ceil_div(n, step) for n in plane.shape[2:]], volume.dtype)
+    for piece in BlockGrid(plane, _piece(volume, plane)):
+        before = [a - b for a, b in zip(piece.core.start[2:], plane.start[2:], strict=True)]
+        y, x = (-n % step for n in before)
+        chosen = volume.read(piece.core, (channel,))[0, 0, 0, y::step, x::step]
+        first = [ceil_div(n, step) for n in before]
+        thinned[tuple(slice(a, a + n) for a, n in zip(first, chosen.shape, strict=True))] = chosen
+    return thinned
+
+
+def _piece(volume: Volume, plane: Region) -> Vec:
+    """The whole chunks along y and x that are read together, as voxels (t, z, y, x)."""
+    *_, y, x = volume.chunk_shape
+    n_chunks = max(1, PIECE_VOXELS // math.prod(volume.array.chunks))
+    # One more than the plane is long, because it can begin anywhere in a chunk.
+    n_in_row = min(n_chunks, ceil_div(plane.shape[3], x) + 1)
+    return (1, 1, y * (n_chunks // n_in_row), x * n_in_row)
 
 
 def _picture_path(source_url: str, result_url: str) -> str:
@@ -146,6 +201,11 @@ def _step(shape: tuple[int, ...], *, n_panels: int) -> int:
     """Take every how many-th voxel, so that at least two for each pixel are left to average."""
     panel = min(_panel_limit(n_panels))
     return max(1, max(shape) // (2 * panel))
+
+
+def _is_enough(shape: tuple[int, ...]) -> bool:
+    """Whether a result has two voxels for each pixel of its panel, along the longer axis."""
+    return max(shape) >= 2 * min(_panel_limit(RESULT_PANELS))
 
 
 def _panel_limit(n_panels: int) -> tuple[int, int]:

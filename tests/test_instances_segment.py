@@ -275,7 +275,8 @@ def test_chunks_that_only_the_table_reads_are_filled_and_told_as_well(tmp_path):
     image = write_image(tmp_path / "image.zarr", data, chunks=(1, 24, 40, 44), dims="czyx")
     (tmp_path / "image.zarr/0/c/1/0/0/0").write_bytes(b"damaged")
     model = write_planting_model(tmp_path / "model.safetensors")
-    out, options = tmp_path / "out.zarr", {"block": (24, 40, 48)}
+    out = tmp_path / "out.zarr"
+    options = {"block": (24, 40, 48), "keep_probabilities": True}
     result = segment_serially(config_for(image, model, out, {}, **options), NullProgress())
     assert "--on-bad-chunk fill" in result.failed[0].error
     filling = config_for(image, model, out, {}, on_bad_chunk="fill", **options)
@@ -283,6 +284,13 @@ def test_chunks_that_only_the_table_reads_are_filled_and_told_as_well(tmp_path):
     assert result.is_complete
     assert result.filled == ("0/c/1/0/0/0",)
     np.testing.assert_array_equal(labels_at(out), truth_of(painting, {})[0])
+    other = {"erode": 0, "grow": 2}
+    again = remake_instances(
+        str(out), RuleOptions(**other), executor="serial", progress=NullProgress()
+    )
+    assert again.is_complete, again.failed
+    assert again.filled == result.filled
+    np.testing.assert_array_equal(labels_at(out), truth_of(painting, other)[0])
 
 
 def test_instances_and_labels_do_not_go_on_from_each_other(planted, tmp_path):

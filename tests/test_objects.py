@@ -262,7 +262,7 @@ def test_a_changed_bit_or_a_missing_end_is_refused(place, bit):
     with pytest.raises(OutputError, match="is no objects of bigseg's, or damaged"):
         ObjectSums.from_bytes(bytes(data[:place]))
     data[place] ^= 1 << bit
-    with pytest.raises(OutputError, match="start anew with --overwrite"):
+    with pytest.raises(OutputError, match="remove the folder scratch of the result"):
         ObjectSums.from_bytes(bytes(data))
 
 

@@ -59,7 +59,7 @@ def test_every_flipped_bit_is_noticed(place, bit):
 
 @pytest.mark.parametrize("n", [0, 1, 20, len(PACKED) // 2, len(PACKED) - 1])
 def test_what_was_cut_short_is_refused(n):
-    with pytest.raises(OutputError, match="start anew with --overwrite"):
+    with pytest.raises(OutputError, match="remove the folder scratch of the result"):
         unpack(PACKED[:n], "test", most_bytes=MANY)
 
 

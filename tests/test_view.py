@@ -4,11 +4,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_image
 from PIL import Image
+from planting import config_for, planted_shapes, write_planting_model
 
+from bigseg import view
+from bigseg.account import conclusion
+from bigseg.blocks import Region
 from bigseg.errors import OutputError, UsageError
+from bigseg.progress import NullProgress
 from bigseg.sample import make_sample
-from bigseg.view import CAPTION_PX, GAP_PX, LARGEST_PX, PALETTE, middle_plane, save_overlay
+from bigseg.segment import segment_serially
+from bigseg.view import (
+    CAPTION_PX,
+    GAP_PX,
+    LARGEST_PX,
+    PALETTE,
+    middle_plane,
+    save_overlay,
+    save_result_picture,
+)
+from bigseg.volume import Volume, open_volume
 
 RNG = np.random.default_rng(0)
 RAW = RNG.integers(0, 4000, (600, 500), dtype=np.uint16)  # neither enlarged nor reduced
@@ -138,3 +154,80 @@ def test_the_middle_plane_is_that_of_the_middle_of_z(tmp_path: Path):
     coarse = middle_plane(volume, most_px=100)
     np.testing.assert_array_equal(coarse, np.asarray(volume.at(1).array)[4])
     assert middle_plane(volume, most_px=10).shape == coarse.shape
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Region]]:
+    """The level and the region of everything that is read of volumes from now on."""
+    found = []
+    read = Volume.read
+
+    def noting(volume: Volume, region: Region, channels: tuple[int, ...] = (0,)) -> np.ndarray:
+        found.append((volume.level, region))
+        return read(volume, region, channels)
+
+    monkeypatch.setattr(Volume, "read", noting)
+    return found
+
+
+def assert_shown(
+    tmp_path: Path, shape: tuple[int, ...], *, n_levels: int, part: Region, shown: tuple[slice, ...]
+):
+    """The picture of a part of a result is the one of these voxels of the finest level."""
+    raw = RNG.integers(0, 4000, shape, dtype=np.uint16)
+    labels = np.repeat(RNG.integers(0, 30, (*shape[:2], shape[2] // 50 + 1)), 50, axis=2)
+    labels = labels[..., : shape[2]].astype(np.uint32)
+    volumes = []
+    for name, data in (("raw", raw), ("labels", labels)):
+        url = write_image(tmp_path / f"{name}.zarr", data, chunks=(1, 64, 256), n_levels=n_levels)
+        volumes.append(open_volume(url))
+    path = save_result_picture(*volumes, part, channel=0, kind="objects")
+    assert path == str(tmp_path / "labels.png")
+    expected = tmp_path / "expected.png"
+    save_overlay(str(expected), raw[shown], labels[shown], kind="objects")
+    assert Path(path).read_bytes() == expected.read_bytes()
+
+
+def test_of_a_wide_plane_a_piece_at_a_time_is_read(
+    tmp_path: Path, reads: list[tuple[int, Region]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(view, "PIECE_VOXELS", 1 << 16)
+    part = Region((0, 0, 10, 100), (1, 3, 290, 8900))
+    shown = (1, slice(10, 290), slice(100, 8900))
+    assert_shown(tmp_path, (3, 300, 9000), n_levels=1, part=part, shown=shown)
+    assert max(region.n_voxels for _, region in reads) <= 1 << 16
+    assert sum(region.n_voxels for _, region in reads) == 2 * 280 * 8800
+
+
+def test_of_a_wide_plane_a_coarser_level_is_read_where_there_is_one(
+    tmp_path: Path, reads: list[tuple[int, Region]]
+):
+    shown = (1, slice(None, None, 4), slice(None, None, 4))
+    whole = Region.of_shape((1, 2, 300, 9000))
+    assert_shown(tmp_path, (2, 300, 9000), n_levels=4, part=whole, shown=shown)
+    assert {(level, region.n_voxels) for level, region in reads} == {(2, 75 * 2250)}
+
+
+def test_of_a_plane_that_is_not_wide_every_voxel_counts(
+    tmp_path: Path, reads: list[tuple[int, Region]]
+):
+    part = Region((0, 0, 0, 3), (1, 2, 100, 2710))
+    shown = (1, slice(None), slice(3, 2710))
+    assert_shown(tmp_path, (2, 100, 5000), n_levels=2, part=part, shown=shown)
+    assert {(level, region.n_voxels) for level, region in reads} == {(0, 100 * 2707)}
+
+
+def test_a_damaged_chunk_that_only_the_picture_reads_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(view, "LARGEST_PX", 40)
+    data = planted_shapes()
+    image = write_image(tmp_path / "image.zarr", data, chunks=(8, 16, 16), n_levels=2)
+    model = write_planting_model(tmp_path / "model.safetensors")
+    config = config_for(image, model, tmp_path / "out.zarr", {}, block=(24, 40, 48))
+    result = segment_serially(config, NullProgress())
+    chunk = tmp_path / "image.zarr" / "1" / "c" / "1" / "0" / "0"
+    assert chunk.exists()
+    chunk.write_bytes(b"damaged")
+    assert "a middle plane" in conclusion(result)[1]
+    assert "1/c/1/0/0" in caplog.text
