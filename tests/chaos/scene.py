@@ -52,6 +52,8 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bigseg", *words],
                 env=environment,
+                # Where pictures of results on remote stores are written.
+                cwd=log.parent,
                 stdout=file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,
