@@ -121,16 +121,10 @@ def _shared(name: str, dtype: type, shape: Vec) -> NDArray[np.generic]:
 
 def _attach(mask: str, ids: str, shape: Vec) -> None:
     for name, where, dtype in (("mask", mask, np.uint8), ("ids", ids, np.uint32)):
-        _HELD[name + "-memory"] = (
-            SharedMemory(name=where, track=False)
-            if sys.version_info
-            >= (
-                3,
-                13,
-            )
-            else SharedMemory(name=where)
-        )
-        _HELD[name] = np.ndarray(shape, dtype, _HELD[name + "-memory"].buf)
+        # From Python 3.13 on it can be said that who made it also removes it.
+        untracked = {"track": False} if sys.version_info >= (3, 13) else {}
+        memory = _HELD[name + "-memory"] = SharedMemory(name=where, **untracked)
+        _HELD[name] = np.ndarray(shape, dtype, memory.buf)
 
 
 def _nothing(_: int) -> None:

@@ -80,7 +80,7 @@ def main() -> None:
         result: dict[str, Any] = {"machine": machine(bench)}
         print(json.dumps(result["machine"]), flush=True)
         if set("abcd") & set(options.figures):
-            result |= rounds(bench, options.figures)
+            result |= rounds(bench, options.figures, options.block)
         if "g" in options.figures:
             result["g"] = scaling(bench)
         if "h" in options.figures:
@@ -106,11 +106,14 @@ def make_bench(options: argparse.Namespace, folder: Path) -> Bench:
     )
 
 
-def rounds(bench: Bench, figures: Sequence[str]) -> dict[str, Any]:
-    """Ours, our network alone, and every contestant in turn, some times over."""
+def rounds(bench: Bench, figures: Sequence[str], block: int | None) -> dict[str, Any]:
+    """Ours, our network alone, and every contestant in turn, some times over.
+
+    `block` is the side of the blocks of those peers whose best one is searched otherwise.
+    """
     image = write_volume(bench.folder, bench.size.shape)
     contestants = [c for c in all_contestants(bench) if c.figure in figures]
-    chosen = [(c, best_side(bench, c, image)) for c in contestants]
+    chosen = [(c, best_side(bench, c, image, block)) for c in contestants]
     ours, network = Ours("bigseg segment"), Raw()
     rows = [Row(c.name, notes={"side": side}) for c, side in chosen]
     for number in range(bench.repeats):
@@ -164,10 +167,12 @@ def all_contestants(bench: Bench) -> list[Contestant]:
     ]
 
 
-def best_side(bench: Bench, contestant: Contestant, image: Path) -> int:
-    """The block or window with which the peer is fastest, from one run of each."""
+def best_side(bench: Bench, contestant: Contestant, image: Path, known: int | None) -> int:
+    """The block or window with which the peer is fastest, from one run of each unless known."""
     if len(contestant.sides) == 1:
         return contestant.sides[0]
+    if known is not None:
+        return known
     seconds = {}
     for side in contestant.sides:
         seconds[side] = run_peer(bench, contestant, side, image)["seconds"]
@@ -249,6 +254,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", help="the peers' interpreter, for b, c and d")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, help="of ours; default as bigseg chooses")
+    parser.add_argument("--block", type=int, help="best of the peers, from an earlier search")
     parser.add_argument("--quick", action="store_true", help="tiny: only whether it runs")
     parser.add_argument("--scratch", type=Path, help="where the volumes lie while it runs")
     parser.add_argument("--out", type=Path, help="JSON of everything measured")

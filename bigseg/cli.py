@@ -14,6 +14,8 @@ from bigseg import __version__
 from bigseg.console import (
     Group,
     absolute,
+    address_option,
+    executor_option,
     first_interrupt_asks,
     integers,
     json_option,
@@ -156,9 +158,8 @@ def sample(url: str, shape: str, seed: int) -> None:
 @click.option("--val-region", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Where to validate.")
 @click.option("--val-image", metavar="IMAGE", multiple=True, help="Validate on the whole of it, "
               "instead of a part of each image; may be repeated.")  # fmt: skip
-@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True,
-              help="serial: in this process, on one GPU.")  # fmt: skip
-@click.option("--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS.")
+@executor_option
+@address_option
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder of another run.")
 @verbose_option
 def train(

@@ -77,6 +77,16 @@ class Group(click.Group):
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="Say more, and show tracebacks."
 )
+executor_option = click.option(
+    "--executor",
+    type=click.Choice(["ray", "serial"]),
+    default="ray",
+    show_default=True,
+    help="serial: in this process, on one GPU.",
+)
+address_option = click.option(
+    "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -149,16 +159,8 @@ _WORKER_OPTIONS = (
         type=click.IntRange(min=1),
         help="Default: one for each GPU, else as many as suit the processors.",
     ),
-    click.option(
-        "--executor",
-        type=click.Choice(["ray", "serial"]),
-        default="ray",
-        show_default=True,
-        help="serial: in this process, on one GPU.",
-    ),
-    click.option(
-        "--address", metavar="ADDRESS", help="A running Ray cluster; default RAY_ADDRESS."
-    ),
+    executor_option,
+    address_option,
 )
 
 # The settings of InstanceRule; what is left out is the model's.

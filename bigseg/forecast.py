@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bigseg.blocks import Region
+from bigseg.blocks import Region, round_up
 from bigseg.cache import predicted_fetch_bytes
 from bigseg.checkpoint import read_card
 from bigseg.model import footprint
@@ -154,7 +154,7 @@ def _table_bytes(plan: Plan) -> int:
         plan.region_start, grid.chunks, source.chunk_shape, source.shape, strict=True
     ):
         cuts = itertools.pairwise(itertools.accumulate(lengths, initial=a))
-        n_bytes *= sum(min(n, -(-stop // c) * c) - start // c * c for start, stop in cuts)
+        n_bytes *= sum(min(n, round_up(stop, c)) - start // c * c for start, stop in cuts)
     return n_bytes
 
 

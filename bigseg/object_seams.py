@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigseg.blocks import Region
+from bigseg.faces import Adjacency
 from bigseg.findings import Finding
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, codes_of, components
 from bigseg.plan import PREDICT
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.plan import InstancePlan, Plan
-
-AXIS_OF = {"t": 0, "z": 1}
 
 
 @dataclass(frozen=True)
@@ -211,9 +210,8 @@ def _open_ends(
     instances: InstancePlan, region: Region, whole: Region
 ) -> frozenset[tuple[int, int]]:
     """The sides (axis, 0 or 1) on which seeds of a region can go on beyond it."""
-    axes = {*range(4 - instances.dims, 4)}
-    if instances.rule.link is not None:
-        axes.add(AXIS_OF[instances.rule.link])
+    rule = instances.rule
+    axes = Adjacency(instances.dims, rule.connectivity, rule.link).axes
     starts = {(axis, 0) for axis in axes if region.start[axis] > whole.start[axis]}
     stops = {(axis, 1) for axis in axes if region.stop[axis] < whole.stop[axis]}
     return frozenset(starts | stops)

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 RESIDENT_BYTES = 256 << 20
 MAX_TRIES = 20
-OVERHANG = 4
-"""A patch reaches beyond the region by at most this fraction of its side."""
 
 
 @dataclass(frozen=True)
@@ -283,24 +281,13 @@ def _ahead(make: Callable[[int], Batch], steps: range, n_threads: int) -> Stream
 
 
 def _draw_start(rng: np.random.Generator, region: Region, shape: Vec) -> Vec:
-    """A start so that the box lies inside the region, or the region inside the box, or nearly.
-
-    Did boxes never reach beyond the region, its outermost voxels would hardly ever be seen: in a
-    plane of 256 voxels with boxes of 128 the first one once, those in the middle 128 times.
-    """
-    start = []
-    for a, n, s, over in zip(
-        region.start, region.shape, shape, _overhang(region, shape), strict=True
-    ):
-        spare = n - s
-        start.append(a + int(rng.integers(min(0, spare) - over, max(0, spare) + over + 1)))
-    return tuple(start)
-
-
-def _overhang(region: Region, shape: Vec) -> Vec:
-    """How far a box of this shape may reach beyond the region at either end of each axis."""
-    spare = (max(0, n - s) for n, s in zip(region.shape, shape, strict=True))
-    return tuple(min(s // OVERHANG, n // 2) for s, n in zip(shape, spare, strict=True))
+    """A start so that the box lies inside the region, or the region inside the box."""
+    spare = [n - s for n, s in zip(region.shape, shape, strict=True)]
+    bounds = [(min(0, s), max(0, s)) for s in spare]
+    return tuple(
+        a + int(rng.integers(low, high + 1))
+        for a, (low, high) in zip(region.start, bounds, strict=True)
+    )
 
 
 def _offset(inner: Vec, outer: Vec) -> Vec:
@@ -327,8 +314,7 @@ def _image_part(source: PatchSource, plan: PatchPlan) -> Region:
     """All voxels of the image that any patch of the source can read."""
     margin = tuple(o - i for i, o in zip(plan.target, plan.image_read, strict=True))
     spare = tuple(max(0, t - n) for t, n in zip(plan.target, source.region.shape, strict=True))
-    over = _overhang(source.region, plan.target)
-    reach = tuple(m // 2 + s + o for m, s, o in zip(margin, spare, over, strict=True))
+    reach = tuple(m // 2 + s for m, s in zip(margin, spare, strict=True))
     grown = source.region.grow(reach, reach)
     bounds = [
         mirrored_axis(a, b, n)[:2]

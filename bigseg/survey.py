@@ -16,8 +16,6 @@ from bigseg.errors import ConfigError, InputError
 from bigseg.losses import balanced_weights
 from bigseg.targets import class_names
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
 
     from bigseg.blocks import Region
     from bigseg.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 DEEP_ENOUGH = 32
 FLATTEST = 3.0

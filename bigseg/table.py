@@ -197,7 +197,8 @@ def _checked(sums: ObjectSums, like: ObjectSums, n_objects: int) -> ObjectSums:
         raise OutputError(
             f"a block has left objects up to label {largest}, with {found[0]} channels of "
             f"{found[1]}, where there are {n_objects} objects, with {wanted[0]} channels of "
-            f"{wanted[1]}: start anew with --overwrite"
+            f"{wanted[1]}: remove the folder scratch of the result, and the same command makes it "
+            "again"
         )
     return sums
 

@@ -40,9 +40,8 @@ COARSE_FOREGROUNDS = FOREGROUNDS[::2]
 SIZES = tuple(2**power for power in range(11))
 FEW = 0.05
 """The share of the objects found that smallest seeds need not spare."""
-MOST_STEPS = 8
-FARTHEST = 0.2
-"""Erosions and foregrounds beyond these are not tried; growth by twice as many steps at most."""
+MOST_EROSION, MOST_GROWTH, LOWEST_FOREGROUND = 8, 16, 0.2
+"""Beyond these nothing is tried, nor foregrounds as near to 1."""
 STRICTEST_IOU = 0.9
 PLATEAU = 1e-3
 """Scores that differ by less are equal: a rule in the middle of many good ones is taken."""
@@ -169,14 +168,14 @@ def _beyond_the_grid(parts: Sequence[Judged], best: InstanceRule) -> InstanceRul
 def _next_grid(best: InstanceRule) -> _Grid | None:
     """This rule and what follows it beyond the ends on which it lies; None where on none."""
     erosions, growths, foregrounds = [best.erode], [best.grow], [best.foreground]
-    if EROSIONS[-1] <= best.erode < MOST_STEPS:
-        erosions += [best.erode + 1, best.erode + 2]
+    if best.erode >= EROSIONS[-1]:
+        erosions += range(best.erode + 1, min(best.erode + 2, MOST_EROSION) + 1)
     # What is eroded by more has to grow by more.
-    if GROWTHS[-1] <= best.grow < 2 * MOST_STEPS or len(erosions) > 1:
-        growths += [best.grow + n for n in range(1, 5)]
-    if FARTHEST <= best.foreground <= FOREGROUNDS[0]:
+    if best.grow >= GROWTHS[-1] or len(erosions) > 1:
+        growths += range(best.grow + 1, min(best.grow + 4, MOST_GROWTH) + 1)
+    if LOWEST_FOREGROUND < best.foreground <= FOREGROUNDS[0]:
         foregrounds += [best.foreground - 0.1]
-    if FOREGROUNDS[-1] <= best.foreground <= 1 - FARTHEST:
+    if FOREGROUNDS[-1] <= best.foreground < 1 - LOWEST_FOREGROUND:
         foregrounds += [best.foreground + 0.1]
     if len(erosions) + len(growths) + len(foregrounds) == 3:
         return None

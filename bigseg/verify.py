@@ -87,14 +87,8 @@ def verify(
     """
     url = url.rstrip("/") or url
     with _reading(url):
-        ledger = open_result(url)
-        _refuse_while_running(url)
-        if ledger is None:
-            raise IncompleteError(
-                f"{url} was begun and holds nothing yet: the same `bigseg segment` command goes on"
-            )
-        begun = begun_plan(ledger, url)
-        plan = _moved(begun, ledger, url)
+        ledger = _open(url)
+        plan = _moved(begun_plan(ledger, url), ledger, url)
         has_labels = plan.instances is None or ledger.n_done(NUMBER) > 0
         if not has_labels and not plan.keeps_probabilities:
             raise IncompleteError(
@@ -109,20 +103,39 @@ def verify(
         examined = Examined.of(plan, ledger, image)
         if any(finding.stage == OBJECTS for finding in metadata.findings):
             examined.wrong[OBJECTS] = {0}
-        blocks = _check_blocks(examined, progress)
-        rest = _not_made(NO_LABELS)[1:]
+        checks = [metadata, _check_blocks(examined, progress)]
         if has_labels:
-            rng = [np.random.default_rng((seed, i)) for i in range(2)]
-            rest = (
-                _check_pyramid(examined, n_chunks, rng[0], progress),
-                _check_seams(examined, n_seams, rng[1], transform, progress),
-            )
-    # Elsewhere no run would go on with it.
-    made_at = None if _place_of(begun.output.url) == _place_of(url) else begun.output.url
-    n_taken_back = 0 if made_at else examined.take_back()
-    checks = (metadata, blocks, *rest)
-    found = _verification(ledger, url, checks, n_taken_back=n_taken_back)
-    return replace(found, needs_network=needs_network(plan, examined.wrong), made_at=made_at)
+            chunks, places = (np.random.default_rng((seed, i)) for i in range(2))
+            checks.append(_check_pyramid(examined, n_chunks, chunks, progress))
+            checks.append(_check_seams(examined, n_seams, places, transform, progress))
+        else:
+            checks += _not_made(NO_LABELS)[1:]
+    return _concluded(examined, ledger, url, tuple(checks))
+
+
+def _open(url: str) -> Ledger:
+    """The ledger of a result that nobody writes and that holds something."""
+    ledger = open_result(url)
+    _refuse_while_running(url)
+    if ledger is None:
+        raise IncompleteError(
+            f"{url} was begun and holds nothing yet: the same `bigseg segment` command goes on"
+        )
+    return ledger
+
+
+def _concluded(
+    examined: Examined, ledger: Ledger, url: str, checks: tuple[Check, ...]
+) -> Verification:
+    """What was found, and taken back unless the result was moved: elsewhere no run goes on."""
+    made_at = begun_plan(ledger, url).output.url
+    is_there = _place_of(made_at) == _place_of(url)
+    n_taken_back = examined.take_back() if is_there else 0
+    return replace(
+        _verification(ledger, url, checks, n_taken_back=n_taken_back),
+        needs_network=needs_network(examined.plan, examined.wrong),
+        made_at=None if is_there else made_at,
+    )
 
 
 def _place_of(url: str) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SETTINGS = """\
 task: instances
-border_um: 2.0
+border_um: 3.0
 net: {depth: 3, width: 24, padding: same}
 patch: [128, 128]
 batch: 4

@@ -92,7 +92,7 @@ def fly_medulla(tmp_path_factory):
         net={"depth": 1, "width": 8, "padding": "same"},
         patch=(32, 32, 32),
         batch=1,
-        steps=120,
+        steps=60,
         region="0:32,:,:",
         val_region="32:40,:,:",
     )
