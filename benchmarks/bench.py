@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HERE = Path(__file__).resolve().parent
-# Two workers have as much to do in both.
-SHORT, LONG = 2, 6
+SHORT, LONG = 3, 9
 SHORT_RESULT, LONG_RESULT = "short.zarr", "long.zarr"
 
 
@@ -103,14 +103,30 @@ class Ours:
     short: list[float] = field(default_factory=list)
     longer: list[float] = field(default_factory=list)
 
-    def measure(self, bench: Bench, *, workers: int, cpus: Sequence[int] | None = None) -> None:
-        """Run both once, in the tiles that the longer one gets."""
-        image = write_volume(bench.folder, bench.size.shape, n_repeats=LONG)
-        self.longer.append(_run_ours(bench, image, workers, cpus, LONG_RESULT))
-        tile = ",".join(map(str, plan_of(bench, LONG_RESULT)["tile"][1:]))
-        image = write_volume(bench.folder, bench.size.shape, n_repeats=SHORT)
-        words = ("--tile", tile, "--block", tile)
-        self.short.append(_run_ours(bench, image, workers, cpus, SHORT_RESULT, words))
+    def measure(
+        self,
+        bench: Bench,
+        *,
+        workers: int,
+        cpus: Sequence[int] | None = None,
+        tile: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Run both once, in these tiles (z, y, x), or those that the shorter one gets; gives them.
+
+        Were a worker left without a tile at the end, or did a tile reach beyond the volume, the
+        difference would be that of other work than LONG - SHORT volumes: then it ends here.
+        """
+        for n, out in ((SHORT, SHORT_RESULT), (LONG, LONG_RESULT)):
+            image = write_volume(bench.folder, bench.size.shape, n_repeats=n)
+            sides = ",".join(map(str, tile or ()))
+            words = ("--tile", sides, "--block", sides) if tile else ()
+            wall_s = _run_ours(bench, image, workers, cpus, out, words)
+            (self.longer if n == LONG else self.short).append(wall_s)
+            tile = plan_of(bench, out)["tile"][1:]
+            planes, rest = divmod(n * bench.size.shape[0], tile[0])
+            if rest or planes * _across(bench, tile) % workers:
+                raise SystemExit(f"{n} volumes are no whole tiles of {tile} for {workers} workers")
+        return list(tile or ())
 
     @property
     def seconds(self) -> list[float]:
@@ -123,6 +139,11 @@ class Ours:
         """Median seconds of all that does not grow with the volume."""
         pairs = zip(self.short, self.seconds, strict=True)
         return statistics.median(short - SHORT * each for short, each in pairs)
+
+
+def _across(bench: Bench, tile: Sequence[int]) -> int:
+    """How many tiles lie side by side."""
+    return math.prod(-(-n // t) for n, t in zip(bench.size.shape[1:], tile[1:], strict=True))
 
 
 def _run_ours(

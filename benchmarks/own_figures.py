@@ -28,6 +28,7 @@ from bench import (
 from setting import write_volume
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -94,20 +95,33 @@ def raw(bench: Bench, image: Path, *, n_processes: int, n_tiles: int) -> float:
     return statistics.mean(r["seconds"] / r["n_forwards"] for r in reports)
 
 
-def scaling(bench: Bench) -> dict[str, Any]:
-    """Two workers of one thread on two processors against one on one."""
-    if bench.n_cpus < 2 or torch.cuda.is_available():
-        print("\ng. left out: needs two processors and no GPU", flush=True)
-        return {}
-    cpus = sorted(os.sched_getaffinity(0))[:2]
-    ours = {n: Ours(f"{n} workers") for n in (1, 2)}
-    for _ in range(bench.repeats):
-        for n, row in ours.items():
-            row.measure(bench, workers=n, cpus=cpus[:n])
-    one, two = (statistics.median(row.seconds) for row in ours.values())
-    print("\ng. two workers of one thread against one, without the start")
-    print(f"   one {spread(ours[1])} s, two {spread(ours[2])} s: {one / two:.2f} times", flush=True)
-    return {"one_s": ours[1].seconds, "two_s": ours[2].seconds, "speed_up": one / two}
+class Scaling:
+    """One worker of one thread on one processor, beside two on two."""
+
+    def __init__(self, bench: Bench, ours: Ours) -> None:
+        """Where `ours` is two workers on two processors it is not measured twice."""
+        self.cpus = sorted(os.sched_getaffinity(0))[:2]
+        self.one = Ours("one worker")
+        self.is_ours = bench.n_workers == bench.n_cpus == 2
+        self.two = ours if self.is_ours else Ours("two workers")
+
+    @staticmethod
+    def is_possible(bench: Bench) -> bool:
+        """Whether there are two processors to work with."""
+        return bench.n_cpus >= 2 and not torch.cuda.is_available()
+
+    def measure(self, bench: Bench, tile: Sequence[int]) -> None:
+        """Run both once, in the same tiles."""
+        if not self.is_ours:
+            self.two.measure(bench, workers=2, cpus=self.cpus, tile=tile)
+        self.one.measure(bench, workers=1, cpus=self.cpus[:1], tile=tile)
+
+    def report(self) -> dict[str, Any]:
+        """Print and give how many times as fast two are."""
+        one, two = (statistics.median(row.seconds) for row in (self.one, self.two))
+        print("\ng. two workers of one thread against one, without the start")
+        print(f"   one {spread(self.one)} s, two {spread(self.two)} s: {one / two:.2f} times")
+        return {"one_s": self.one.seconds, "two_s": self.two.seconds, "speed_up": one / two}
 
 
 def scheduling(bench: Bench) -> dict[str, Any]:

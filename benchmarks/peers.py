@@ -13,7 +13,7 @@
 
 Every measurement is a process of its own; contestants take turns (A B C A B C ...), medians are
 shown with the smallest and the largest. Ours is `bigseg segment` on a private Ray, from start to
-exit, for two volumes in a row and for six: a quarter of the difference is what a volume costs once
+exit, for three volumes in a row and for nine: a sixth of the difference is what a volume costs once
 the workers are warm, and the rest is shown as the start. Peers are timed around their call only:
 imports, loading, compiling and one warm-up are free for them. Where a peer is exact, its labels
 must be ours away from the borders of the volume, or the run fails. How to make the peers'
@@ -48,7 +48,7 @@ from bench import (
     spread,
     start,
 )
-from own_figures import Raw, efficiency, scaling, scheduling
+from own_figures import Raw, Scaling, efficiency, scheduling
 from setting import halo_of, read_network, write_network, write_volume
 
 from bigseg.engine import available_cpus
@@ -79,10 +79,8 @@ def main() -> None:
         bench = make_bench(options, Path(scratch))
         result: dict[str, Any] = {"machine": machine(bench)}
         print(json.dumps(result["machine"]), flush=True)
-        if set("abcd") & set(options.figures):
+        if set("abcdg") & set(options.figures):
             result |= rounds(bench, options.figures, options.block)
-        if "g" in options.figures:
-            result["g"] = scaling(bench)
         if "h" in options.figures:
             result["h"] = scheduling(bench)
     if options.out is not None:
@@ -115,9 +113,10 @@ def rounds(bench: Bench, figures: Sequence[str], block: int | None) -> dict[str,
     contestants = [c for c in all_contestants(bench) if c.figure in figures]
     chosen = [(c, best_side(bench, c, image, block)) for c in contestants]
     ours, network = Ours("bigseg segment"), Raw()
+    scaling = Scaling(bench, ours) if "g" in figures and Scaling.is_possible(bench) else None
     rows = [Row(c.name, notes={"side": side}) for c, side in chosen]
     for number in range(bench.repeats):
-        ours.measure(bench, workers=bench.n_workers)
+        tile = ours.measure(bench, workers=bench.n_workers)
         if "a" in figures:
             network.measure(bench)
         ours_labels = result_of(bench.folder / SHORT_RESULT)[: bench.size.shape[0]]
@@ -130,12 +129,17 @@ def rounds(bench: Bench, figures: Sequence[str], block: int | None) -> dict[str,
             # A block that is the whole volume starts its poolings elsewhere: exact, and not ours.
             is_ours = contestant.exact and side < min(bench.size.shape)
             row.notes["different"] = check_labels(bench, contestant, ours_labels, is_ours=is_ours)
+        if scaling is not None:
+            scaling.measure(bench, tile)
         seconds = {"ours": ours, "raw": network.together, **{row.name: row for row in rows}}
+        seconds |= {} if scaling is None else {"one worker": scaling.one}
         last = {name: round(of.seconds[-1], 2) for name, of in seconds.items() if of.seconds}
         print(f"  round {number + 1}: {json.dumps(last)}", flush=True)
     found: dict[str, Any] = {}
     if "a" in figures:
         found["a"] = efficiency(bench, ours, network)
+    if scaling is not None:
+        found["g"] = scaling.report()
     if rows:
         found["peers"] = peer_table(ours, rows, n_voxels=math.prod(bench.size.shape))
     return found
