@@ -69,6 +69,7 @@ class Bench:
     repeats: int
     n_cpus: int
     n_workers: int
+    tile: Sequence[int] | None
 
     def shared(self, image: Path) -> list[str]:
         """The options that all scripts take."""
@@ -125,8 +126,12 @@ class Ours:
             tile = plan_of(bench, out)["tile"][1:]
             planes, rest = divmod(n * bench.size.shape[0], tile[0])
             if rest or planes * _across(bench, tile) % workers:
-                raise SystemExit(f"{n} volumes are no whole tiles of {tile} for {workers} workers")
-        return list(tile or ())
+                raise SystemExit(
+                    f"{n} volumes are no whole tiles of {tile} for each of {workers} workers: give "
+                    "others with --tile"
+                )
+        assert tile is not None
+        return list(tile)
 
     @property
     def seconds(self) -> list[float]:

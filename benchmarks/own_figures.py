@@ -111,9 +111,9 @@ class Scaling:
         return bench.n_cpus >= 2 and not torch.cuda.is_available()
 
     def measure(self, bench: Bench, tile: Sequence[int]) -> None:
-        """Run both once, in the same tiles."""
+        """Run both once, in the same tiles: those of ours where it is one of them."""
         if not self.is_ours:
-            self.two.measure(bench, workers=2, cpus=self.cpus, tile=tile)
+            tile = self.two.measure(bench, workers=2, cpus=self.cpus)
         self.one.measure(bench, workers=1, cpus=self.cpus[:1], tile=tile)
 
     def report(self) -> dict[str, Any]:

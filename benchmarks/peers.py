@@ -101,6 +101,7 @@ def make_bench(options: argparse.Namespace, folder: Path) -> Bench:
         repeats=1 if options.quick else options.repeats,
         n_cpus=n_cpus,
         n_workers=options.workers or default,
+        tile=options.tile,
     )
 
 
@@ -116,7 +117,7 @@ def rounds(bench: Bench, figures: Sequence[str], block: int | None) -> dict[str,
     scaling = Scaling(bench, ours) if "g" in figures and Scaling.is_possible(bench) else None
     rows = [Row(c.name, notes={"side": side}) for c, side in chosen]
     for number in range(bench.repeats):
-        tile = ours.measure(bench, workers=bench.n_workers)
+        tile = ours.measure(bench, workers=bench.n_workers, tile=bench.tile)
         if "a" in figures:
             network.measure(bench)
         ours_labels = result_of(bench.folder / SHORT_RESULT)[: bench.size.shape[0]]
@@ -259,6 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, help="of ours; default as bigseg chooses")
     parser.add_argument("--block", type=int, help="best of the peers, from an earlier search")
+    parser.add_argument("--tile", type=int, nargs=3, help="of ours (z y x); default as planned")
     parser.add_argument("--quick", action="store_true", help="tiny: only whether it runs")
     parser.add_argument("--scratch", type=Path, help="where the volumes lie while it runs")
     parser.add_argument("--out", type=Path, help="JSON of everything measured")
