@@ -7,9 +7,9 @@ It knows tensors and neither volumes nor networks. One map carries image and tar
     target                 |<-- target_shape -->|
 
 All three share their centre. A voxel o of the result (counted from the centre) shows the input at
-A o + d(o): A rotates and scales, d is the elastic deformation. The image is interpolated linearly
-and mirrored where the map leaves the input; the target takes the nearest voxel and is ignored
-there. Flips and right-angle rotations come before, and permute voxels exactly.
+A o + d(o): A rotates and scales, d is the elastic deformation; some patches are not moved. The
+image is interpolated linearly and mirrored where the map leaves the input; the target takes the
+nearest voxel and is ignored there. Flips and right-angle rotations come before, and are exact.
 
 Sample i of a batch depends on nothing but its own generator. Generators on the CPU are best: then
 the numbers drawn are the same whatever the device of the batch.
@@ -149,7 +149,9 @@ def _augment_one(
     image = image.permute(0, *(1 + a for a in permutation)).flip([1 + a for a in flipped])
     target = target.permute(permutation).flip(flipped)
     matrix = _draw_matrix(uniform[9:13], frame.steps, config)
-    if matrix is None and not config.elastic_vox:
+    # Interpolation blurs, and images that are segmented are sharp: the network sees both.
+    is_moved = uniform[-1] < config.probability and (matrix is not None or config.elastic_vox > 0)
+    if not is_moved:
         image, target = _centre_crop(image, frame.image_shape), _crop_target(target, frame, ignore)
     else:
         coordinates = _map(image, frame=frame, matrix=matrix, config=config, generator=generator)
@@ -276,9 +278,7 @@ def _map(
     """For each axis, where in `image` (c, *s) each voxel of image_shape lies, in voxels."""
     shape, n_axes = frame.image_shape, len(frame.image_shape)
     rows = matrix or torch.eye(n_axes).tolist()
-    lines = [
-        torch.arange(n, device=image.device, dtype=torch.float32).sub_((n - 1) / 2) for n in shape
-    ]
+    lines = [torch.arange(n, device=image.device).float().sub_((n - 1) / 2) for n in shape]
     shift = _draw_elastic(frame, config, generator, image.device)
     coordinates = []
     for axis in range(n_axes):

@@ -174,7 +174,8 @@ class AugmentConfig(Settings):
     """Ranges of the random changes to training patches; 0 switches one off.
 
     Elastic deformation is that of the U-Net paper: random displacements on a coarse grid with
-    standard deviation `elastic_vox`, interpolated by cubic splines.
+    standard deviation `elastic_vox`, interpolated by cubic splines. Each change of intensities
+    happens with `probability`, and so do rotation, scaling and deformation, all at once.
     """
 
     flip: bool = True

@@ -19,12 +19,12 @@ import os
 import re
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bigseg.errors import InputError, NotOmeZarrError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 METADATA_NAMES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 MAX_METADATA_BYTES = 16 * 2**20
@@ -151,12 +151,27 @@ def _refuse_link(folder: Path, path: str) -> None:
         )
 
 
-def check_metadata(name: str, info: Mapping[str, Any], where: str) -> None:
-    """Refuse a document that no honest writer makes, before it is read; `info` is fsspec's.
+def format_of(info_of: Callable[[str], Mapping[str, Any]], where: str) -> Literal[2, 3] | None:
+    """The Zarr format of a node, if it is one; `info_of` gives fsspec's info of a document.
+
+    Knowing it spares every opening a dozen questions, each of them a remote store's whole latency.
 
     Raises:
-        InputError: it is too large, or no file but a device or a pipe, which never end.
+        InputError: a document is too large, or no file but a device or a pipe, which never end.
     """
+    found: Literal[2, 3] | None = None
+    for name in METADATA_NAMES:
+        try:
+            _check_document(name, info_of(name), where)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if name == "zarr.json":
+            return 3
+        found = 2
+    return found
+
+
+def _check_document(name: str, info: Mapping[str, Any], where: str) -> None:
     n_bytes = info.get("size") or 0
     if info.get("type") == "other":
         raise InputError(f"{name} of {where} is a device or a pipe: put a file in its place")

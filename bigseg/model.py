@@ -97,7 +97,9 @@ class UNet(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """Gaussian weights of standard deviation sqrt(2 / N), as in the U-Net paper."""
-    if isinstance(module, nn.Conv2d | nn.Conv3d):
+    # Without memory there is nothing to set, and torch would load its compiler to do so (2.13),
+    # which takes every worker a second.
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

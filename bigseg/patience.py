@@ -75,13 +75,20 @@ _TRANSIENT_NAMES = {
 
 # s3fs tries five times by itself, and botocore each of those five times, with timeouts of a minute:
 # together they would keep a run waiting for half an hour before anyone hears of it.
-_BRIEF = {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 1}}
+_BRIEF = {
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 1}},
+    # With more, s3fs asks for the size of every object before it reads it, and where there is none
+    # for a list too (2026.9). Chunks are read many at a time as it is.
+    "max_concurrency": 1,
+}
 
 
 def keep_stores_brief() -> None:
-    """Have fsspec's stores give up in good time, where the user has not configured them."""
+    """Have fsspec's stores ask once and give up in good time, where the user says nothing else."""
     for protocol in ("s3", "s3a"):
-        fsspec.config.conf.setdefault(protocol, {}).setdefault("config_kwargs", _BRIEF)
+        settings = fsspec.config.conf.setdefault(protocol, {})
+        for name, value in _BRIEF.items():
+            settings.setdefault(name, value)
 
 
 def is_permanent(error: BaseException) -> bool:

@@ -310,12 +310,14 @@ def _durable(store: Store) -> Store:
 def _open(
     url: str, mode: Mode, opener: Callable[..., zarr.Group | zarr.Array[Any]]
 ) -> zarr.Group | zarr.Array[Any]:
-    _check_metadata(url)
+    zarr_format = _format_of(url)
     if mode != "r":
         _check_writable(url)
-    options = {"use_consolidated": False} if opener is zarr.open_group else {}
+    options: dict[str, Any] = {"mode": "r" if mode == "r" else "r+", "zarr_format": zarr_format}
+    if opener is zarr.open_group:
+        options["use_consolidated"] = False
     try:
-        return opener(_zarr_store(url, mode), mode="r" if mode == "r" else "r+", **options)
+        return opener(_zarr_store(url, mode), **options)
     except PermissionError as error:
         raise InputError(f"{url} cannot be read: {_reason(error)}; check its rights") from None
     except (FileNotFoundError, ContainsArrayError, ContainsGroupError):
@@ -327,17 +329,12 @@ def _open(
         ) from None
 
 
-def _check_metadata(url: str) -> None:
-    """Refuse documents that no honest writer makes, before a JSON parser sees them."""
+def _format_of(url: str) -> Literal[2, 3] | None:
     fs, path = _filesystem(url)
-    for name in guards.METADATA_NAMES:
-        try:
-            found = fs.info(f"{path.rstrip('/')}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise InputError(f"{url} cannot be read: {_reason(error)}; check its rights") from None
-        guards.check_metadata(name, found, url)
+    try:
+        return guards.format_of(lambda name: fs.info(f"{path.rstrip('/')}/{name}"), url)
+    except OSError as error:
+        raise InputError(f"{url} cannot be read: {_reason(error)}; check its rights") from None
 
 
 def _explain_absence(url: str) -> InputError:

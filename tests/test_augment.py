@@ -24,8 +24,9 @@ OFF = AugmentConfig(
     gamma=0,
     noise=0,
     blur_vox=0,
+    probability=1,
 )
-DEFAULT = AugmentConfig(elastic_grid_vox=12, elastic_vox=1.5)
+DEFAULT = AugmentConfig(elastic_grid_vox=12, elastic_vox=1.5, probability=1)
 GEOMETRY = DEFAULT.model_copy(
     update={"brightness": 0, "contrast": 0, "gamma": 0, "noise": 0, "blur_vox": 0}
 )
@@ -92,6 +93,17 @@ def test_the_warped_path_agrees_with_the_exact_one_where_it_changes_nothing():
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("probability", "n_moved"), [(0, 0), (0.5, 100), (1, 200)])
+def test_patches_are_moved_with_the_probability_and_else_only_turned(probability, n_moved):
+    image, target = batch(200, (30, 34))
+    moving = only(rotate_degrees=180, scale=0.2, elastic_vox=1.5, probability=probability)
+    x, t = run(image, target, FRAME_2D, moving)
+    exact, exact_target = run(image, target, FRAME_2D, OFF)
+    is_moved = (x != exact).flatten(1).any(1)
+    assert int(is_moved.sum()) == pytest.approx(n_moved, abs=25 if 0 < probability < 1 else 0)
+    assert torch.equal(t[~is_moved], exact_target[~is_moved])
 
 
 def symmetries(frame, config, n=400):
@@ -267,7 +279,7 @@ def test_a_sample_depends_on_its_generator_only():
 def test_the_input_is_left_as_it_was():
     image, target = batch(2, (40, 44))
     before = image.clone(), target.clone()
-    for config in (OFF, DEFAULT.model_copy(update={"probability": 1.0}), only(noise=1, gamma=0.5)):
+    for config in (OFF, DEFAULT, only(noise=1, gamma=0.5)):
         run(image, target, FRAME_2D, config)
         assert torch.equal(image, before[0])
         assert torch.equal(target, before[1])

@@ -1,6 +1,8 @@
 """Model files: what is saved comes back, and nothing else is ever loaded."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -39,6 +41,17 @@ def model_url(tmp_path) -> str:
     card = card_of()
     save_model(url, trained_net(card), card)
     return url
+
+
+def test_loading_a_model_loads_no_compiler(model_url):
+    code = (
+        "import sys; from bigseg.checkpoint import load_model\n"
+        "from bigseg.model import valid_copy\n"
+        f"net, _ = load_model({model_url!r}); valid_copy(net)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def refusal(url: str, loader=load_model) -> str:

@@ -192,3 +192,14 @@ def test_a_forbidden_store_is_asked_once():
     with pytest.raises(PermissionError):
         zarr.create_array(PatientStore(flaky), shape=(4,), chunks=(4,), dtype="u1")
     assert set(flaky.calls.values()) == {1}
+
+
+def test_stores_ask_once_for_an_object_unless_the_user_says_otherwise(monkeypatch):
+    conf = {"s3": {"max_concurrency": 4, "anon": True}}
+    monkeypatch.setattr(room.fsspec.config, "conf", conf)
+    room.keep_stores_brief()
+    room.keep_stores_brief()
+    assert conf["s3"]["max_concurrency"] == 4
+    assert conf["s3"]["anon"]
+    assert conf["s3a"]["max_concurrency"] == 1
+    assert conf["s3"]["config_kwargs"] == conf["s3a"]["config_kwargs"]

@@ -7,6 +7,7 @@ import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -21,6 +22,7 @@ from bigseg.errors import (
     OutputError,
     UsageError,
 )
+from bigseg.patience import PatientStore
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -133,6 +135,28 @@ def test_groups_and_arrays_open_in_every_kind_of_store(root: str) -> None:
         read[:] = 1
     store.writable(read)[:4, :4] = 7
     assert (read[:4, :4] == 7).all()
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_opening_asks_for_no_document_of_the_other_format(
+    zarr_format: Literal[2, 3], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}/a.zarr"
+    group = store.make_group(url, zarr_format=zarr_format)
+    group.create_array("0", shape=(4,), chunks=(2,), dtype="uint8")
+    asked = []
+    get = PatientStore.get
+
+    async def recording(self: PatientStore, key: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(key.rpartition("/")[2])
+        return await get(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(PatientStore, "get", recording)
+    store.open_group(url, mode="r")
+    store.open_array(store.join(url, "0"), mode="r")
+    wanted = {2: {".zgroup", ".zarray", ".zattrs"}, 3: {"zarr.json"}}
+    assert set(asked) == wanted[zarr_format]
+    assert len(asked) == (2 if zarr_format == 3 else 4)
 
 
 def test_a_writable_array_survives_pickling(tmp_path: Path) -> None:

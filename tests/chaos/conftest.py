@@ -53,6 +53,7 @@ LONG = (
     "between the model and its name",
     "at_any_moment_goes_on_with_the_same_command[before it is listed]",
     "test_a_change_of_rule_killed_while_it_deletes",
+    "test_workers_killed_at_a_random_moment_lose_no_object",
     "while_it_makes_objects_goes_on[between a file",
     "while_it_makes_objects_goes_on[between the file",
     "while_it_makes_objects_goes_on[between labels",

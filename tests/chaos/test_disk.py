@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from bigseg import ledger
 from chaos.faults import SLOWLY, Fault, wait_until
 from chaos.scene import N_BLOCKS, assert_same, files_of, here, marks_of, wait_for_blocks
 
@@ -49,10 +50,12 @@ def n_done(out):
 
 
 def test_a_full_disk_ends_the_run_at_once_and_with_space_it_goes_on(
-    scene, faults, disk, truth_at, one_ray
+    scene, faults, disk, truth_at, one_ray, monkeypatch
 ):
     out = disk / "out.zarr"
-    faults.plan(SLOWLY, ledger={"FLUSH_EVERY_S": 0.1})
+    faults.plan(SLOWLY)
+    # Of this process, which is the driver: on a full disk the last marks may find no room.
+    monkeypatch.setattr(ledger, "FLUSH_EVERY_S", 0.1)
     # Enough for the arrays and a third of the chunks: each takes a page.
     assert remount(disk, "size=160k")
     ended, _ = here(scene.on_ray("--out", out))
