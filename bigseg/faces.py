@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bigseg.blocks import Region, Vec
 
 N_AXES = 4
+Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 _COMPONENTS, _PAIRS = "components", "pairs"
 _ID_BITS = np.uint64(32)
 
@@ -42,34 +43,35 @@ class BlockComponents:
 
     Attributes:
         core: where in the volume (t, z, y, x) the components were numbered.
-        sizes: voxels of each component in this core, uint64 of shape (n,).
-        first: raster index in the whole volume of each one's first voxel, uint64, ascending.
+        first: raster index in the whole volume of each one's first voxel, uint64 of shape (n,),
+            ascending.
         planes: local ids (0: none) of the outermost plane on a side (0 or 1) of an axis, uint32,
             without that axis; the two of a core one voxel thick are the same.
+        sizes: voxels of each component in this core, uint64; None where nobody asks for them.
         owners: for holes, the only label beside each component, uint64; NOBODY where none was
             seen, SEVERAL where there are several, or the end of the volume (instances.py).
     """
 
     core: Region
-    sizes: NDArray[np.uint64]
     first: NDArray[np.uint64]
     planes: Mapping[tuple[int, int], NDArray[np.uint32]]
+    sizes: NDArray[np.uint64] | None = None
     owners: NDArray[np.uint64] | None = None
 
     @property
     def n(self) -> int:
         """Number of components."""
-        return len(self.sizes)
+        return len(self.first)
 
     def to_bytes(self) -> bytes:
         """What `from_bytes` reads."""
         arrays: dict[str, NDArray[Any]] = {
             "core": np.array([self.core.start, self.core.stop], np.uint64),
-            "sizes": self.sizes,
             "first": self.first,
         }
-        if self.owners is not None:
-            arrays["owners"] = self.owners
+        for name, table in (("sizes", self.sizes), ("owners", self.owners)):
+            if table is not None:
+                arrays[name] = table
         for (axis, side), plane in self.planes.items():
             if side < self.core.shape[axis]:
                 arrays[_plane_name(axis, side)] = plane
@@ -97,7 +99,7 @@ class BlockComponents:
         for axis, side in list(planes):
             if core.shape[axis] == 1:
                 planes[axis, 1] = planes[axis, side]
-        return cls(core, arrays["sizes"], arrays["first"], planes, arrays.get("owners"))
+        return cls(core, arrays["first"], planes, arrays.get("sizes"), arrays.get("owners"))
 
 
 @dataclass(frozen=True)
@@ -142,28 +144,51 @@ def describe(
     shape: Vec,
     *,
     axes: Sequence[int],
+    sized: bool = True,
     owners: NDArray[np.uint64] | None = None,
 ) -> BlockComponents:
     """What there is to say of the components `ids` (t, z, y, x) of a core of a volume of `shape`.
 
     `ids` are 0 where there is none, else 1..n in the order of their first voxels; `axes` are those
-    of `Adjacency.axes`.
+    of `Adjacency.axes`. Sizes, which cost more than the rest, are left out unless `sized`.
     """
     assert ids.shape == core.shape, (ids.shape, core)
-    starts, lengths, values = _runs(ids)
-    n = int(values.max(initial=0))
-    sizes = np.zeros(n, np.uint64)
-    np.add.at(sizes, values - 1, lengths)
-    local_first = np.full(n, -1)
-    # The last of several assignments stays: backwards, the run that begins first.
-    local_first[values[::-1] - 1] = starts[::-1]
-    assert n == 0 or (local_first[0] >= 0 and (np.diff(local_first) > 0).all())
+    places, n = beginnings(ids)
+    assert n == len(places), "ids must be in the order of their first voxels"
     planes = {
         (axis, side): np.ascontiguousarray(np.take(ids, -side, axis))
         for axis in axes
         for side in (0, 1)
     }
-    return BlockComponents(core, sizes, _raster_in(shape, core, local_first), planes, owners)
+    sizes = _sizes(ids, n) if sized else None
+    return BlockComponents(core, _raster_in(shape, core, places), planes, sizes, owners)
+
+
+def beginnings(ids: NDArray[np.uint32]) -> tuple[NDArray[np.int64], int]:
+    """Where `ids` exceed all before them in raster order, as flat indices, and the highest of them.
+
+    There are as many as the highest where ids are numbered 1, 2, ... by their first voxels, and
+    less where they are not.
+    """
+    if not ids.size:
+        return np.zeros(0, np.int64), 0
+    rows = ids.reshape(-1, ids.shape[-1])
+    highest = np.maximum.accumulate(rows.max(axis=1))
+    before = np.concatenate([highest[:1] * 0, highest[:-1]])
+    # Rows are looked into only where they raise the highest id.
+    telling = np.flatnonzero(highest > before)
+    row, column = np.nonzero(rows[telling] > before[telling, np.newaxis])
+    so_far = np.maximum.accumulate(rows[telling[row], column])
+    is_first = np.diff(so_far, prepend=np.uint32(0)) > 0
+    return (telling[row] * rows.shape[1] + column)[is_first], int(highest[-1])
+
+
+def renumbered(ids: NDArray[np.uint32], numbers: NDArray[Unsigned]) -> NDArray[Unsigned]:
+    """`ids`, 0 or 1..n, as what `numbers` (n,) has for each; 0 stays 0."""
+    table = np.zeros(len(numbers) + 1, numbers.dtype)
+    table[1:] = numbers
+    # Clipping is twice as fast as checking, and whoever reads ids has made sure of them.
+    return np.take(table, ids, mode="clip")
 
 
 def equal_pairs(
@@ -230,11 +255,11 @@ def _fit(blocks: NDArray[Any], counts: NDArray[Any], pairs: NDArray[Any]) -> boo
 
 def _flaw(arrays: Mapping[str, NDArray[Any]], core: Region) -> str | None:
     """Why these arrays are no components of this core; None if they are."""
-    if {"core", "sizes", "first"} - set(arrays):
+    if {"core", "first"} - set(arrays):
         return "a table is missing"
     if arrays["core"].tolist() != [list(core.start), list(core.stop)]:
         return f"it is of the core {arrays['core'].tolist()}, not of {core}"
-    tables = [arrays[name] for name in ("sizes", "first", "owners") if name in arrays]
+    tables = [arrays[name] for name in ("first", "sizes", "owners") if name in arrays]
     n = tables[0].size
     if any(table.dtype != np.uint64 or table.shape != (n,) for table in tables):
         return "its tables are of different lengths"
@@ -253,17 +278,15 @@ def _plane_name(axis: int, side: int) -> str:
     return f"plane {axis} {side}"
 
 
-def _runs(
-    ids: NDArray[np.uint32],
-) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
-    """Runs of equal ids in raster order, without those of 0: their starts, lengths and ids."""
+def _sizes(ids: NDArray[np.uint32], n: int) -> NDArray[np.uint64]:
+    """Voxels of each of the components 1..n."""
     flat = ids.reshape(-1)
-    inner = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = np.concatenate([np.zeros(min(1, flat.size), np.int64), inner])
-    lengths = np.diff(starts, append=flat.size).astype(np.uint64)
-    values = flat[starts].astype(np.int64)
-    is_some = values > 0
-    return starts[is_some], lengths[is_some], values[is_some]
+    # Runs of one id are long: counting their lengths is quicker than counting voxels.
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    sizes = np.zeros(n + 1, np.uint64)
+    if flat.size:
+        np.add.at(sizes, flat[starts], np.diff(starts, append=flat.size).astype(np.uint64))
+    return sizes[1:]
 
 
 def _raster_in(shape: Vec, core: Region, local: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bigseg import scratch
 from bigseg.borders import touching
-from bigseg.faces import describe
+from bigseg.faces import describe, renumbered
 from bigseg.filling import SourceVolume
 from bigseg.instances import FOREGROUND_BIT, Steps, components, grow, owners_of
 from bigseg.intact import marked, numbered
@@ -118,8 +118,7 @@ class GrowStage(LabelStage):
         for number in touching(self.grid, region):
             part = self.grid[number].core.intersect(region).relative_to(region.start).slices
             if ids[part].any():
-                table = np.concatenate([np.zeros(1, np.uint64), self._numbers(NUMBER, number)])
-                seeds[part] = table[ids[part]]
+                seeds[part] = renumbered(ids[part], self._numbers(NUMBER, number))
         return seeds
 
 
@@ -155,7 +154,7 @@ class HolesStage(ThreadStage):
         ids, owners = result
         core = self._parts[block.index].core
         shape, axes = self._plan.source.shape, self._adjacency.axes
-        data = describe(ids, core, shape, axes=axes, owners=owners).to_bytes()
+        data = describe(ids, core, shape, axes=axes, sized=False, owners=owners).to_bytes()
         self._gaps.write(block.core, widened(ids, core, block.core)[np.newaxis])
         self._files.write(block.index, data)
         self.written.add(ids.nbytes + len(data))
@@ -183,8 +182,7 @@ class FillStage(LabelStage):
         labels = self._grown.read(block.core, block.index)[0].astype(np.uint64)
         gaps = self._gaps.read(block.core, block.index)[0]
         self.fetched.add(labels.nbytes + gaps.nbytes)
-        becomes = np.concatenate([np.zeros(1, np.uint64), self._numbers(CLOSE, block.index)])
-        filled: NDArray[np.uint64] = labels + becomes[gaps]
+        filled: NDArray[np.uint64] = labels + renumbered(gaps, self._numbers(CLOSE, block.index))
         return filled
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from bigseg.faces import beginnings
 from bigseg.rules import n_neighbours
 from bigseg.steps import Steps, as_stacks, erode, grow
 
@@ -121,20 +122,14 @@ def in_raster_order(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
     cc3d numbers like this, but does not promise it.
     """
-    rows = as_stacks(ids, 1)
-    highest = np.maximum.accumulate(rows.max(axis=1, initial=0))
-    before = np.concatenate([highest[:1] * 0, highest[:-1]])
-    # Rows are looked into only where they raise the highest number.
-    telling = np.flatnonzero(highest > before)
-    new = rows[telling]
-    so_far = np.maximum.accumulate(new[new > before[telling, np.newaxis]])
-    if (np.diff(so_far, prepend=np.uint32(0)) <= 1).all():
+    places, n = beginnings(ids)
+    if n == len(places):
         return ids
-    known, first, places = np.unique(ids, return_index=True, return_inverse=True)
+    known, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     numbers = np.zeros(len(known), np.uint32)
     real = np.flatnonzero(known)
     numbers[real[np.argsort(first[real])]] = np.arange(1, len(real) + 1)
-    return numbers[places.reshape(ids.shape)]
+    return numbers[inverse.reshape(ids.shape)]
 
 
 def _joined(ids: NDArray[np.uint32], n: int, *, axis: int) -> tuple[NDArray[np.uint32], int]:

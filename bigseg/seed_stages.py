@@ -90,7 +90,13 @@ class SeedsStage(ThreadStage):
     def write(self, block: Block, result: NDArray[np.uint32]) -> int:
         """Write the ids and the file of the block."""
         core = self._parts[block.index].core
-        found = describe(result, core, self._plan.source.shape, axes=self._adjacency.axes)
+        found = describe(
+            result,
+            core,
+            self._plan.source.shape,
+            axes=self._adjacency.axes,
+            sized=self._rule.min_size > 1,
+        )
         self._ids.write(block.core, widened(result, core, block.core)[np.newaxis])
         data = found.to_bytes()
         self._files.write(block.index, data)

@@ -128,11 +128,13 @@ class _Objects:
     @classmethod
     def of(cls, held: Held, tables: Tables, threads: Threads, min_size: int) -> _Objects:
         """Sums of sizes and first voxels, from the tables of the blocks."""
-        sizes = np.empty(len(held.ids), np.uint64)
+        sizes = np.ones(len(held.ids), np.uint64)
         first = np.empty(len(held.ids), np.uint64)
         for block, table in threads.ordered(tables.read, held.blocks()):
             places, nodes = held.places(block, table), held.slice_of(block)
-            sizes[nodes], first[nodes] = table.sizes[places], table.first[places]
+            first[nodes] = table.first[places]
+            if min_size > 1:
+                sizes[nodes] = _sizes(table)[places]
         held.fold(np.add, sizes)
         held.fold(np.minimum, first)
         first[sizes < min_size] = _NEVER
@@ -142,7 +144,10 @@ class _Objects:
 
     def beginnings(self, block: int, table: BlockComponents) -> Index:
         """Places in the table, ascending, of the components with which an object begins."""
-        is_new = table.sizes >= self.min_size
+        # Every component has a voxel.
+        is_new = (
+            np.ones(table.n, np.bool_) if self.min_size <= 1 else _sizes(table) >= self.min_size
+        )
         places = self.held.places(block, table)
         is_new[places] = table.first[places] == self.first[self.held.roots_of(block)]
         return np.flatnonzero(is_new)
@@ -256,7 +261,7 @@ class _Cache:
 
 
 def _n_bytes(table: BlockComponents) -> int:
-    return table.sizes.nbytes + table.first.nbytes
+    return table.first.nbytes + (0 if table.sizes is None else table.sizes.nbytes)
 
 
 def _slabs(grid: BlockGrid) -> Iterator[list[Region]]:
@@ -288,6 +293,12 @@ def _owners_of_objects(held: Held, tables: Tables, threads: Threads) -> NDArray[
     held.fold(np.minimum, lowest)
     highest[(lowest != highest) | (highest == SEVERAL)] = NOBODY
     return highest
+
+
+def _sizes(table: BlockComponents) -> NDArray[np.uint64]:
+    """The sizes, where they are needed."""
+    assert table.sizes is not None, table.core
+    return table.sizes
 
 
 def _owners(table: BlockComponents) -> NDArray[np.uint64]:

@@ -66,7 +66,7 @@ def local_ids(mask, grid, adjacency):
     return [label(mask[block.core.slices], adjacency) for block in grid]
 
 
-def tables_of(ids, grid, shape, adjacency, *, owners=None):
+def tables_of(ids, grid, shape, adjacency, *, sized=True, owners=None):
     """The tables of all blocks, and the pairs between them."""
     blocks = [
         describe(
@@ -74,6 +74,7 @@ def tables_of(ids, grid, shape, adjacency, *, owners=None):
             block.core,
             shape,
             axes=adjacency.axes,
+            sized=sized,
             owners=None if owners is None else owners[block.index],
         )
         for block in grid

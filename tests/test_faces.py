@@ -8,16 +8,19 @@ import pytest
 from cut_components import adjacencies, cut_volumes, local_ids, structure
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from bigseg.blocks import Region
 from bigseg.errors import OutputError
 from bigseg.faces import (
     Adjacency,
     BlockComponents,
+    beginnings,
     describe,
     equal_pairs,
     pairs_from_bytes,
     pairs_to_bytes,
+    renumbered,
 )
 from bigseg.packing import pack
 from bigseg.stitch import neighbours
@@ -43,6 +46,26 @@ def test_ids_that_are_not_in_the_order_of_first_voxels_are_a_mistake():
     ids = np.array([[[[2, 0, 1]]]], np.uint32)
     with pytest.raises(AssertionError):
         describe(ids, Region.of_shape(ids.shape), ids.shape, axes=(3,))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint32, array_shapes(max_dims=4, max_side=5), elements=st.integers(0, 6)))
+def test_beginnings_are_where_ids_exceed_all_before(ids):
+    flat = ids.ravel().tolist()
+    expected = [i for i, value in enumerate(flat) if value > max([0, *flat[:i]])]
+    places, highest = beginnings(ids)
+    assert places.tolist() == expected
+    assert highest == max(flat)
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint64, st.integers(0, 6), elements=st.integers(0, 2**64 - 1)), st.data())
+def test_ids_become_the_numbers_of_their_components(numbers, data):
+    shape = data.draw(array_shapes(max_dims=4, max_side=4))
+    ids = data.draw(arrays(np.uint32, shape, elements=st.integers(0, len(numbers))))
+    found = renumbered(ids, numbers)
+    assert found.dtype == numbers.dtype
+    np.testing.assert_array_equal(found, np.concatenate([[np.uint64(0)], numbers])[ids])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -97,7 +120,7 @@ def test_pairs_are_those_of_a_look_at_every_voxel(cut, adjacency):
 def same(a, b):
     return (
         a.core == b.core
-        and np.array_equal(a.sizes, b.sizes)
+        and (a.sizes is b.sizes is None or np.array_equal(a.sizes, b.sizes))
         and np.array_equal(a.first, b.first)
         and sorted(a.planes) == sorted(b.planes)
         and all(np.array_equal(a.planes[k], b.planes[k]) for k in a.planes)
@@ -106,12 +129,15 @@ def same(a, b):
 
 
 @settings(max_examples=40, deadline=None)
-@given(cut_volumes(), adjacencies, st.booleans())
-def test_blocks_come_back_from_bytes_as_they_were(cut, adjacency, has_owners):
+@given(cut_volumes(), adjacencies, st.booleans(), st.booleans())
+def test_blocks_come_back_from_bytes_as_they_were(cut, adjacency, has_owners, is_sized):
     mask, grid = cut
     for block, ids in zip(grid, local_ids(mask, grid, adjacency), strict=True):
         owners = np.arange(ids.max(), dtype=np.uint64) if has_owners else None
-        told = describe(ids, block.core, mask.shape, axes=adjacency.axes, owners=owners)
+        told = describe(
+            ids, block.core, mask.shape, axes=adjacency.axes, sized=is_sized, owners=owners
+        )
+        assert (told.sizes is not None) == is_sized
         data = told.to_bytes()
         assert same(BlockComponents.from_bytes(data, core=block.core), told)
         axis = adjacency.axes[-1]
@@ -176,7 +202,7 @@ def test_the_arrays_are_named_as_the_next_test_believes():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"sizes": None}, "a table is missing"),
+        ({"first": None}, "a table is missing"),
         ({"first": BLOCK.first[:2]}, "its tables are of different lengths"),
         ({"sizes": BLOCK.sizes.astype(np.uint32)}, "its tables are of different lengths"),
         ({"owners": np.zeros(4, np.uint64)}, "its tables are of different lengths"),
