@@ -2,11 +2,13 @@
 
     python benchmarks/components.py --side 512 --repeats 5 [--peer-python ENV/bin/python]
 
-The volume is a mask of smoothed noise in shared memory. bigseg's way, by two processes: the ids of
-every block by itself, as scratch space has them, and faces; pairs; numbers; and the numbers written
-into one uint32 volume. cc3d labels the whole with one thread. dask-image and igneous (its stages
-for components on a precomputed volume of its own, in memory) run as their users run them, where a
-Python that has them is given. Ours is compared voxel by voxel with cc3d's, numbered anew.
+The volume is a mask of smoothed noise in shared memory. bigseg's way, in the stages and by the
+functions of `bigseg segment`, by two processes: the components of every block by itself, their ids
+and outermost planes left in shared memory, as scratch space has them; the pairs of every block and
+its neighbours; numbers; and the numbers written into one uint32 volume. cc3d labels the whole with
+one thread. dask-image and igneous (its stages for components, on a precomputed volume of its own in
+memory) run as their users run them, where a Python that has them is given. Ours is compared voxel
+by voxel with cc3d's, numbered anew.
 """
 
 from __future__ import annotations
@@ -27,22 +29,25 @@ from typing import TYPE_CHECKING, Any
 
 import cc3d
 import numpy as np
+import torch
 from scipy import ndimage
 
 from bigseg.blocks import BlockGrid, Region
-from bigseg.faces import Adjacency, BlockComponents, describe, equal_pairs, renumbered
+from bigseg.faces import Adjacency, BlockComponents, describe, equal_pairs
+from bigseg.grow_stages import renumber
 from bigseg.instances import components
 from bigseg.joining import Tables
 from bigseg.stitch import neighbours, number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
     from bigseg.blocks import Vec
 
 ADJACENCY = Adjacency(3, 1)
+PLANES = tuple((axis, side) for axis in ADJACENCY.axes for side in (0, 1))
 _HELD: dict[str, SharedMemory] = {}
 _ARRAYS: dict[str, NDArray[Any]] = {}
 
@@ -56,15 +61,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer-python", help="a Python with dask-image, igneous-pipeline")
     options = parser.parse_args()
-    shape = (1, *(options.side,) * 3)
     if options.side % options.block:
         parser.error("--side must be a multiple of --block")
-    mask, labels = _shared("mask", np.uint8, shape), _shared("labels", np.uint32, shape)
-    mask[:] = _blobs(shape)
-    grid = BlockGrid(Region.of_shape(shape), (1, *(options.block,) * 3))
-    ids = _shared("ids", np.uint32, (len(grid), *grid.core_shape))
-    arrays = [(name, _HELD[name].name, a.dtype, a.shape) for name, a in _ARRAYS.items()]
+    grid = BlockGrid(Region.of_shape((1, *[options.side] * 3)), (1, *[options.block] * 3))
+    _make_arrays(grid)
+    mask = _ARRAYS["mask"]
     seconds: dict[str, list[float]] = {"cc3d": [], "bigseg": []}
+    arrays = [(name, _HELD[name].name, a.dtype, a.shape) for name, a in _ARRAYS.items()]
     with ProcessPoolExecutor(
         options.workers, get_context("spawn"), initializer=_attach, initargs=(arrays,)
     ) as pool:
@@ -72,47 +75,29 @@ def main() -> None:
         for _ in range(options.repeats):
             whole = functools.partial(cc3d.connected_components, mask[0], connectivity=6)
             seconds["cc3d"].append(_timed(whole))
-            seconds["bigseg"].append(_timed(lambda: _blockwise(pool, grid, shape)))
+            seconds["bigseg"].append(_timed(lambda: _blockwise(grid, pool.map)))
             for name, time_s in _peers(options.peer_python, mask).items():
                 seconds.setdefault(name, []).append(time_s)
     truth, n = components(mask != 0, dims=3, connectivity=1)
-    assert np.array_equal(labels, truth), "the ways differ"
+    assert np.array_equal(_ARRAYS["labels"], truth), "the ways differ"
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    found = {"components": n, "blocks": len(grid), "medians_s": medians}
+    found = {"components": n, "blocks": len(grid), "medians_s": medians, "all_s": seconds}
     found["of cc3d"] = {name: round(value / medians["cc3d"], 3) for name, value in medians.items()}
     found["parts_s of one process"] = _parts(grid)
     print(json.dumps(found, indent=2))
-    del mask, labels, ids
+    del mask
     _ARRAYS.clear()
     for memory in _HELD.values():
         memory.unlink()
 
 
-def _parts(grid: BlockGrid) -> dict[str, float]:
-    """Seconds of each step over all blocks, one after the other in this process."""
-    seconds: dict[str, float] = {}
-    found: dict[int, BlockComponents] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work gives
-        started = time.perf_counter()
-        result = work()
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-        return result
-
-    mask = _ARRAYS["mask"]
-    for block in grid:
-        part = timed("copy mask", lambda c=block.core: mask[c.slices] != 0)
-        small = functools.partial(cc3d.connected_components, part[0].view(np.uint8), connectivity=6)
-        timed("cc3d alone", small)
-        of_block, _ = timed("components", lambda p=part: components(p, dims=3, connectivity=1))
-        found[block.index] = timed(
-            "describe", lambda b=block, i=of_block: _described(b.core, i, mask.shape)
-        )
-        timed("write ids", lambda b=block, i=of_block: _ARRAYS["ids"].__setitem__(b.index, i))
-    numbers = timed("pairs and numbers", lambda: _numbers(grid, mask.shape, found)[1])
-    for block in grid:
-        timed("write numbers", lambda b=block: _renumber((b.index, b.core, numbers[b.index])))
-    return {name: round(value, 3) for name, value in seconds.items()}
+def _make_arrays(grid: BlockGrid) -> None:
+    shape, core = grid.region.shape, grid.core_shape
+    _share("mask", np.uint8, shape)[:] = _blobs(shape)
+    _share("labels", np.uint32, shape)
+    _share("ids", np.uint32, (len(grid), *core))
+    # All sides of a core are equally long.
+    _share("planes", np.uint32, (len(grid), len(PLANES), 1, *core[2:]))
 
 
 def _blobs(shape: Vec) -> NDArray[np.bool_]:
@@ -121,7 +106,7 @@ def _blobs(shape: Vec) -> NDArray[np.bool_]:
     return smooth[None] > np.quantile(smooth[::8, ::8, ::8], 0.8)
 
 
-def _shared(name: str, dtype: type, shape: Vec) -> NDArray[Any]:
+def _share(name: str, dtype: type, shape: Vec) -> NDArray[Any]:
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     _HELD[name] = SharedMemory(create=True, size=n_bytes)
     _ARRAYS[name] = np.ndarray(shape, dtype, _HELD[name].buf)
@@ -134,6 +119,7 @@ def _attach(arrays: list[tuple[str, str, np.dtype[Any], Vec]]) -> None:
         untracked = {"track": False} if sys.version_info >= (3, 13) else {}
         _HELD[name] = SharedMemory(name=where, **untracked)
         _ARRAYS[name] = np.ndarray(shape, dtype, _HELD[name].buf)
+    torch.set_num_threads(1)
 
 
 def _nothing(_: int) -> None:
@@ -146,48 +132,80 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _blockwise(pool: ProcessPoolExecutor, grid: BlockGrid, shape: Vec) -> int:
-    found: dict[int, BlockComponents] = {}
-    cores = [(block.index, block.core) for block in grid]
-    for (index, _), table in zip(cores, pool.map(_label, cores), strict=True):
-        found[index] = table
-    n, numbers = _numbers(grid, shape, found)
-    list(pool.map(_renumber, ((index, core, numbers[index]) for index, core in cores)))
-    return n
+def _blockwise(grid: BlockGrid, each: Callable[..., Iterable[Any]]) -> None:
+    """All of it; `each` maps a function over blocks."""
+    blocks = range(len(grid))
+    firsts = list(each(_label, [grid] * len(grid), blocks))
+    pairs = list(each(_pairs, [grid] * len(grid), blocks))
+    numbers = _numbers(grid, firsts, pairs)
+    list(each(_renumber, [grid] * len(grid), blocks, numbers))
+
+
+def _label(grid: BlockGrid, index: int) -> NDArray[np.uint64]:
+    """The first voxels of a block's components; ids and planes are left behind."""
+    core, mask = grid[index].core, _ARRAYS["mask"]
+    ids, _ = components(mask[core.slices] != 0, dims=3, connectivity=1)
+    _ARRAYS["ids"][index] = ids
+    found = describe(ids, core, mask.shape, axes=ADJACENCY.axes, sized=False)
+    for place, plane in zip(PLANES, _ARRAYS["planes"][index], strict=True):
+        plane[:] = found.planes[place]
+    return found.first
+
+
+def _pairs(grid: BlockGrid, index: int) -> list[tuple[int, NDArray[np.uint32]]]:
+    """The equal pairs of a block with half of its neighbours."""
+    return [
+        (other, equal_pairs(_faces(grid, index), _faces(grid, other), offset, ADJACENCY))
+        for offset, other in neighbours(grid, index, ADJACENCY)
+    ]
+
+
+def _faces(grid: BlockGrid, index: int) -> BlockComponents:
+    planes = dict(zip(PLANES, _ARRAYS["planes"][index], strict=True))
+    return BlockComponents(grid[index].core, np.zeros(0, np.uint64), planes)
 
 
 def _numbers(
-    grid: BlockGrid, shape: Vec, found: dict[int, BlockComponents]
-) -> tuple[int, dict[int, NDArray[np.uint64]]]:
-    """How many components there are in all, and the numbers of those of each block."""
-    pairs = {
-        i: [(j, equal_pairs(found[i], found[j], d, ADJACENCY)) for d, j in _beside(grid, i)]
-        for i in found
-    }
+    grid: BlockGrid,
+    firsts: list[NDArray[np.uint64]],
+    pairs: list[list[tuple[int, NDArray[np.uint32]]]],
+) -> list[NDArray[np.uint64]]:
+    """The numbers of each block's components."""
     numbers: dict[int, NDArray[np.uint64]] = {}
-    tables = Tables(grid, shape, found.__getitem__, pairs.__getitem__)
-    return number(tables, numbers.__setitem__, min_size=1), numbers
+    tables = Tables(
+        grid,
+        grid.region.shape,
+        lambda block: BlockComponents(grid[block].core, firsts[block], {}),
+        pairs.__getitem__,
+    )
+    number(tables, numbers.__setitem__, min_size=1)
+    return [numbers[index] for index in range(len(grid))]
 
 
-def _beside(grid: BlockGrid, block: int) -> Iterator[tuple[Vec, int]]:
-    return neighbours(grid, block, ADJACENCY)
+def _renumber(grid: BlockGrid, index: int, numbers: NDArray[np.uint64]) -> None:
+    labels = _ARRAYS["labels"][grid[index].core.slices]
+    renumber(_ARRAYS["ids"][index], numbers.astype(np.uint32), out=labels)
 
 
-def _label(block: tuple[int, Region]) -> BlockComponents:
-    index, core = block
-    mask = _ARRAYS["mask"]
-    ids, _ = components(mask[core.slices] != 0, dims=3, connectivity=1)
-    _ARRAYS["ids"][index] = ids
-    return _described(core, ids, mask.shape)
+def _parts(grid: BlockGrid) -> dict[str, float]:
+    """Seconds of each stage over all blocks in this process, and of what is in the first."""
+    seconds: dict[str, float] = {}
 
+    def timed(name: str, work: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 - of the work
+        started = time.perf_counter()
+        result = work(*args)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+        return result
 
-def _described(core: Region, ids: NDArray[np.uint32], shape: Vec) -> BlockComponents:
-    return describe(ids, core, shape, axes=ADJACENCY.axes, sized=False)
+    def each(work: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
+        return [timed(work.__name__.strip("_"), work, *row) for row in zip(*columns, strict=True)]
 
-
-def _renumber(block: tuple[int, Region, NDArray[np.uint64]]) -> None:
-    index, core, numbers = block
-    _ARRAYS["labels"][core.slices] = renumbered(_ARRAYS["ids"][index], numbers.astype(np.uint32))
+    _blockwise(grid, each)
+    for block in grid:
+        part = timed("of label: copy mask", lambda c=block.core: _ARRAYS["mask"][c.slices] != 0)
+        alone = functools.partial(cc3d.connected_components, part[0].view(np.uint8), connectivity=6)
+        timed("of label: cc3d alone", alone)
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _peers(python: str | None, mask: NDArray[Any]) -> dict[str, float]:

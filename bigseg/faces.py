@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from bigseg.blocks import Region, Vec
 
 N_AXES = 4
-Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 _COMPONENTS, _PAIRS = "components", "pairs"
 _ID_BITS = np.uint64(32)
 
@@ -181,14 +180,6 @@ def beginnings(ids: NDArray[np.uint32]) -> tuple[NDArray[np.int64], int]:
     so_far = np.maximum.accumulate(rows[telling[row], column])
     is_first = np.diff(so_far, prepend=np.uint32(0)) > 0
     return (telling[row] * rows.shape[1] + column)[is_first], int(highest[-1])
-
-
-def renumbered(ids: NDArray[np.uint32], numbers: NDArray[Unsigned]) -> NDArray[Unsigned]:
-    """`ids`, 0 or 1..n, as what `numbers` (n,) has for each; 0 stays 0."""
-    table = np.zeros(len(numbers) + 1, numbers.dtype)
-    table[1:] = numbers
-    # Clipping is twice as fast as checking, and whoever reads ids has made sure of them.
-    return np.take(table, ids, mode="clip")
 
 
 def equal_pairs(

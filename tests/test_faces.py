@@ -20,7 +20,6 @@ from bigseg.faces import (
     equal_pairs,
     pairs_from_bytes,
     pairs_to_bytes,
-    renumbered,
 )
 from bigseg.packing import pack
 from bigseg.stitch import neighbours
@@ -56,16 +55,6 @@ def test_beginnings_are_where_ids_exceed_all_before(ids):
     places, highest = beginnings(ids)
     assert places.tolist() == expected
     assert highest == max(flat)
-
-
-@settings(max_examples=100, deadline=None)
-@given(arrays(np.uint64, st.integers(0, 6), elements=st.integers(0, 2**64 - 1)), st.data())
-def test_ids_become_the_numbers_of_their_components(numbers, data):
-    shape = data.draw(array_shapes(max_dims=4, max_side=4))
-    ids = data.draw(arrays(np.uint32, shape, elements=st.integers(0, len(numbers))))
-    found = renumbered(ids, numbers)
-    assert found.dtype == numbers.dtype
-    np.testing.assert_array_equal(found, np.concatenate([[np.uint64(0)], numbers])[ids])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
