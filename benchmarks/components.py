@@ -2,6 +2,8 @@
 
     python benchmarks/components.py --side 512 --repeats 5 [--peer-python ENV/bin/python]
 
+dask-image takes minutes for 512³ voxels: leave it out with `--peers igneous`.
+
 The volume is a mask of smoothed noise in shared memory. bigseg's way, in the stages and by the
 functions of `bigseg segment`, by two processes: the components of every block by itself, their ids
 and outermost planes left in shared memory, as scratch space has them; the pairs of every block and
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer-python", help="a Python with dask-image, igneous-pipeline")
+    parser.add_argument("--peers", nargs="+", default=["igneous", "dask-image"])
     options = parser.parse_args()
     if options.side % options.block:
         parser.error("--side must be a multiple of --block")
@@ -76,7 +79,7 @@ def main() -> None:
             whole = functools.partial(cc3d.connected_components, mask[0], connectivity=6)
             seconds["cc3d"].append(_timed(whole))
             seconds["bigseg"].append(_timed(lambda: _blockwise(grid, pool.map)))
-            for name, time_s in _peers(options.peer_python, mask).items():
+            for name, time_s in _peers(options.peer_python, options.peers, mask).items():
                 seconds.setdefault(name, []).append(time_s)
     truth, n = components(mask != 0, dims=3, connectivity=1)
     assert np.array_equal(_ARRAYS["labels"], truth), "the ways differ"
@@ -200,7 +203,7 @@ def _parts(grid: BlockGrid) -> dict[str, float]:
     def each(work: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
         return [timed(work.__name__.strip("_"), work, *row) for row in zip(*columns, strict=True)]
 
-    _blockwise(grid, each)
+    timed("all", _blockwise, grid, each)
     for block in grid:
         part = timed("of label: copy mask", lambda c=block.core: _ARRAYS["mask"][c.slices] != 0)
         alone = functools.partial(cc3d.connected_components, part[0].view(np.uint8), connectivity=6)
@@ -208,14 +211,14 @@ def _parts(grid: BlockGrid) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def _peers(python: str | None, mask: NDArray[Any]) -> dict[str, float]:
+def _peers(python: str | None, names: list[str], mask: NDArray[Any]) -> dict[str, float]:
     """Seconds of others, each in a process of its own."""
     if python is None:
         return {}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         file, program = Path(folder, "mask.npy"), Path(__file__).with_name("peer_components.py")
         np.save(file, mask[0])
-        words = [python, str(program), str(file), folder]
+        words = [python, str(program), str(file), folder, *names]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found

@@ -1,6 +1,6 @@
 """A program for components.py: components of a mask by dask-image and by igneous, timed.
 
-    python peer_components.py mask.npy FOLDER
+    python peer_components.py mask.npy FOLDER dask-image igneous
 
 It prints seconds by name. dask-image labels the mask in the chunks of 128 voxels that bigseg's
 blocks have, by two threads; the result is computed whole. igneous labels a precomputed volume in
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CHUNK, TASK = (128, 128, 128), (256, 256, 256)
 
 
-def by_dask_image(mask: NDArray[Any]) -> float:
+def by_dask_image(mask: NDArray[Any], _: str) -> float:
     """Seconds."""
     started = time.perf_counter()
     with dask.config.set(scheduler="threads", num_workers=2):
@@ -56,9 +56,11 @@ def by_igneous(mask: NDArray[Any], folder: str) -> float:
     return time.perf_counter() - started
 
 
+PEERS = {"dask-image": by_dask_image, "igneous": by_igneous}
+
 if __name__ == "__main__":
-    mask = np.load(sys.argv[1])
+    mask, folder = np.load(sys.argv[1]), sys.argv[2]
     # What they say of themselves is no result.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        seconds = {"dask-image": by_dask_image(mask), "igneous": by_igneous(mask, sys.argv[2])}
+        seconds = {name: PEERS[name](mask, folder) for name in sys.argv[3:]}
     print(json.dumps(seconds))
