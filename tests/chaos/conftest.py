@@ -33,7 +33,6 @@ LONG = (
     "test_a_store_that_stays_away",
     "test_a_killed_run_on_a_store",
     "test_a_second_run_on_a_store",
-    "test_no_permission_ends_the_run_at_once[in]",
     "keeps_the_blocks_in_flight[ray]",
     "test_twice_ends_at_once",
     "test_of_many_that_start_at_once",
