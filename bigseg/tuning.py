@@ -4,16 +4,17 @@
                        (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus the adapted Rand error, which counts pairs of voxels. Where objects lie apart, the Rand error
-hardly tells the rules apart, and the precision decides. Where they fill the space, few of them are
-met whole, and it is the Rand error that sees whether large ones run together. It knows arrays, and
-neither networks nor volumes.
+minus the adapted Rand error, which counts pairs of voxels, with the background as one more object:
+left out, as is usual, whatever objects grow into it would cost nothing. Where objects lie apart,
+the Rand error hardly tells the rules apart, and the precision decides. Where they fill the space,
+few of them are met whole, and it is the Rand error that sees whether large ones run together. It
+knows arrays, and neither networks nor volumes.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,7 +78,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class RuleScore:
-    """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1."""
+    """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1.
+
+    The background counts as an object in `rand_error`.
+    """
 
     average_precision: float
     rand_error: float
@@ -240,9 +244,10 @@ def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
     """The scores of all regions together; their objects are different ones."""
     table = disjoint_union(tables)
     precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
+    with_background = replace(table, truth=table.truth + np.uint64(1))
     return RuleScore(
         average_precision=float(np.mean(precision)),
-        rand_error=adapted_rand_error(table).error,
+        rand_error=adapted_rand_error(with_background).error,
         n_objects=sum(part.n_objects for part in parts),
     )
 

@@ -56,7 +56,9 @@ def by_definition(parts, rule):
         tables.append(Contingency.of(labels, part.objects, ignore_truth=IGNORE))
     table = disjoint_union(tables)
     precision = [average_precision(table)[iou / 20] for iou in range(10, 19)]
-    return float(np.mean(precision)), adapted_rand_error(table).error
+    # With the background as one more object.
+    whole = Contingency(table.pred, table.truth + np.uint64(1), table.count)
+    return float(np.mean(precision)), adapted_rand_error(whole).error
 
 
 @pytest.mark.parametrize("voxel_size", [(1.0, 1.0), (1.0, 1.0, 1.0), (2.5, 1.0, 1.0)])
@@ -104,6 +106,22 @@ def test_a_cell_half_as_large_as_those_held_out_is_not_dropped():
     seeds = (10 - 2 * rule.erode) ** 2
     assert 2 * rule.min_size <= seeds
     assert score.average_precision == 0.5
+
+
+def test_what_objects_grow_into_the_background_costs_as_much_as_what_they_lack():
+    """Nine objects look the same; five of them end where they are seen, four are larger."""
+    objects = np.zeros((1, 1, 100, 100), np.int64)
+    inside, around = np.zeros((2, *objects.shape), np.uint8)
+    for number in range(9):
+        y, x = 12 + 30 * (number // 3), 12 + 30 * (number % 3)
+        seen = np.s_[..., y : y + 8, x : x + 8]
+        fringe = np.s_[..., y - 3 : y + 11, x - 3 : x + 11]
+        objects[seen if number % 2 == 0 else fringe] = number + 1
+        around[fringe], around[seen], inside[seen] = 250, 0, 250
+    background = 250 - inside - around
+    rule, score = choose_rule([Judged(np.stack([background, inside, around]), objects, (1.0, 1.0))])
+    assert (rule.erode, rule.grow) == (0, 0)
+    assert score.average_precision == pytest.approx(5 / 13)
 
 
 def test_objects_that_are_seen_clearly_are_found_whole():
