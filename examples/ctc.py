@@ -52,7 +52,7 @@ FILMS = {
         test=("092", "096", "100", "102", "112"),
         voxel_size="0.65,0.65",
         level=1,
-        steps=500,
+        steps=800,
         settings="""\
 task: instances
 border_um: 3.9
@@ -70,7 +70,7 @@ val_every: 100
         test=("031", "033", "034"),
         voxel_size="0.19,0.19",
         level=1,
-        steps=600,
+        steps=800,
         settings="""\
 task: instances
 border_um: 1.52

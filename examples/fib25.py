@@ -23,18 +23,19 @@ PLANE = 125
 SETTINGS = """\
 task: instances
 border_um: 0.04
-net: {depth: 2, width: 8, padding: same}
+net: {depth: 2, width: 16, padding: same}
 patch: [64, 64, 64]
 batch: 1
-optim: {lr: 5.0e-3}
+optim: {lr: 3.0e-3}
 loss: {dice: 0.0, balance: true}
-val_every: 200
+augment: {rotate_degrees: 0, tilt_degrees: 0, scale: 0, elastic_vox: 0}
+val_every: 500
 """
 
 
 def main() -> None:
     """Convert, train, segment, score."""
-    options = parser_of(__doc__, steps=700).parse_args()
+    options = parser_of(__doc__, steps=2000).parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     image, run = options.out / "fib25.zarr", options.out / f"run-{options.seed}"
     settings = options.out / "config.yaml"
