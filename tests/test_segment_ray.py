@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +91,8 @@ def test_all_workers_killed_at_once_are_replaced_and_nothing_is_lost(tmp_path, m
         def run(self, stage, blocks):
             if 6 in blocks and not (tmp_path / "died").exists():
                 (tmp_path / "died").touch()
+                while len(list(tmp_path.glob("pid-*"))) < 2:
+                    time.sleep(0.01)  # The other one is about to come.
                 for path in sorted(
                     tmp_path.glob("pid-*"), key=lambda p: str(os.getpid()) in p.name
                 ):
