@@ -32,6 +32,8 @@ CLASSES = {"fp32": 1e-5, "bf16": 1e-3}
 PROBABILITIES = {"fp32": 1e-4, "bf16": 0.05}
 SCORES = {"fp32": 0.002, "bf16": 0.002}
 ERODED_VOX = 4
+INTENSITIES = ("brightness", "contrast", "gamma", "noise", "blur_vox")
+GEOMETRY_ONLY = {"probability": 1.0} | dict.fromkeys(INTENSITIES, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ def trained(folder, image, inside, **settings) -> UNet:
         precision="fp32",
         optim={"lr": 0.005, "warmup_steps": 5},
         norm={"kind": "fixed", "offset": 128.0, "scale": 64.0},
-        augment={"probability": 0.0},
+        augment=GEOMETRY_ONLY,
         loss={"dice": 0.0},
         val_every=settings["steps"],
         **settings,
