@@ -4,24 +4,23 @@
                        (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus the adapted Rand error, which counts pairs of voxels, with the background as one more object:
-left out, as is usual, whatever objects grow into it would cost nothing. Where objects lie apart,
-the Rand error hardly tells the rules apart, and the precision decides. Where they fill the space,
-few of them are met whole, and it is the Rand error that sees whether large ones run together. It
-knows arrays, and neither networks nor volumes.
+minus the adapted Rand error, which counts pairs of voxels; objects pay for the background in them,
+since outlines that are too wide would cost nothing else. Where objects fill the space, few of them
+are met whole, and it is the Rand error that sees whether large ones run together. It knows arrays,
+and neither networks nor volumes.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
-from bigseg.metrics import adapted_rand_error, average_precision, met_objects
+from bigseg.metrics import average_precision, met_objects, strict_rand_error
 from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE
 
@@ -80,7 +79,7 @@ class Judged:
 class RuleScore:
     """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1.
 
-    The background counts as an object in `rand_error`.
+    `rand_error` is that of `metrics.strict_rand_error`.
     """
 
     average_precision: float
@@ -244,10 +243,9 @@ def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
     """The scores of all regions together; their objects are different ones."""
     table = disjoint_union(tables)
     precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
-    with_background = replace(table, truth=table.truth + np.uint64(1))
     return RuleScore(
         average_precision=float(np.mean(precision)),
-        rand_error=adapted_rand_error(with_background).error,
+        rand_error=strict_rand_error(table).error,
         n_objects=sum(part.n_objects for part in parts),
     )
 

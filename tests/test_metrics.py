@@ -25,6 +25,7 @@ from bigseg.metrics import (
     panoptic_quality,
     pixel_accuracy,
     seg_score,
+    strict_rand_error,
     variation_of_information,
 )
 
@@ -174,6 +175,21 @@ def test_rand_error_ignores_what_is_predicted_on_background():
         for x in [(0, 0), (1, 9)]
     }
     assert [s.error for s in scores] == [0.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(hnp.arrays(np.uint64, (2, 30), elements=st.integers(0, 4)))
+def test_the_strict_rand_error_takes_background_in_objects_for_objects_of_one_voxel(arrays):
+    pred, truth = arrays
+    split = np.where(truth == 0, 100 + np.arange(30, dtype=np.uint64), truth)
+    counted = (pred != 0) | (truth != 0)
+    if not (truth != 0).any():
+        assert math.isnan(strict_rand_error(Contingency.of(pred, truth)).error)
+        return
+    expected = adapted_rand_error(Contingency.of(pred[counted], split[counted]))
+    found = strict_rand_error(Contingency.of(pred, truth))
+    assert found.error == pytest.approx(expected.error)
+    assert found.precision == pytest.approx(expected.precision)
 
 
 @given(arrays=pairs())
