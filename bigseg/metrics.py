@@ -60,29 +60,26 @@ def adapted_rand_error(table: Contingency) -> RandScore:
     (skimage 0.26 returns the two the other way round). NaN where no truth is foreground.
     """
     table = table.foreground()
-    return _rand_score(table, _n_pairs(table.pred_sizes()[1]))
-
-
-def strict_rand_error(table: Contingency) -> RandScore:
-    """The adapted Rand error of objects that pay for the background in them.
-
-    The usual one leaves out where the truth is 0, so that objects grow there for nothing. Here each
-    voxel of the background that belongs to a predicted object counts as an object of one voxel.
-    Where the truth has no background, both are the same. NaN where no truth is foreground.
-    """
-    inner = table.foreground()
-    ids, sizes = table.pred_sizes()
-    missed = inner.count[inner.pred == 0].sum()
-    return _rand_score(inner, _n_pairs(np.append(sizes[ids != 0], missed)))
-
-
-def _rand_score(table: Contingency, found: float) -> RandScore:
-    """`table` has no background in the truth; `found` are the pairs in predicted objects."""
     if not len(table):
         return RandScore(math.nan, math.nan, math.nan)
-    both, true = _n_pairs(table.count), _n_pairs(table.truth_sizes()[1])
+    both = _n_pairs(table.count)
+    found = _n_pairs(table.pred_sizes()[1])
+    true = _n_pairs(table.truth_sizes()[1])
     f_score = _ratio(2 * both, found + true, empty=1.0)
     return RandScore(1 - f_score, _ratio(both, found, empty=1.0), _ratio(both, true, empty=1.0))
+
+
+def object_rand_error(table: Contingency) -> float:
+    """1 minus the F-score of the pairs of voxels that are in one object; NaN where there is none.
+
+    The adapted Rand error looks only where the truth is an object, so that objects grow beyond it
+    for nothing, and takes all that is missed there for one large object. Here a voxel without an
+    object, predicted or true, is in no pair. Where there are none, both errors are the same.
+    """
+    has_both = (table.pred != 0) & (table.truth != 0)
+    sizes = (table.pred_sizes(), table.truth_sizes())
+    n_pairs = sum(_n_pairs(counts[ids != 0]) for ids, counts in sizes)
+    return 1 - _ratio(2 * _n_pairs(table.count[has_both]), n_pairs, empty=math.nan)
 
 
 @dataclass(frozen=True, slots=True)

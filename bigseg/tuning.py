@@ -4,10 +4,10 @@
                        (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus the adapted Rand error, which counts pairs of voxels; objects pay for the background in them,
-since outlines that are too wide would cost nothing else. Where objects fill the space, few of them
-are met whole, and it is the Rand error that sees whether large ones run together. It knows arrays,
-and neither networks nor volumes.
+minus a Rand error, which counts pairs of voxels within objects: the adapted one, of which outlines
+that are too wide cost nothing, differs where there is background. Where objects fill the space, few
+of them are met whole, and it is the Rand error that sees whether large ones run together. It knows
+arrays, and neither networks nor volumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
-from bigseg.metrics import average_precision, met_objects, strict_rand_error
+from bigseg.metrics import average_precision, met_objects, object_rand_error
 from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE
 
@@ -79,7 +79,7 @@ class Judged:
 class RuleScore:
     """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1.
 
-    `rand_error` is that of `metrics.strict_rand_error`.
+    `rand_error` is that of `metrics.object_rand_error`.
     """
 
     average_precision: float
@@ -245,7 +245,7 @@ def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
     precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
     return RuleScore(
         average_precision=float(np.mean(precision)),
-        rand_error=strict_rand_error(table).error,
+        rand_error=object_rand_error(table),
         n_objects=sum(part.n_objects for part in parts),
     )
 
