@@ -70,7 +70,7 @@ def adapted_rand_error(table: Contingency) -> RandScore:
 
 
 def object_rand_error(table: Contingency) -> float:
-    """1 minus the F-score of the pairs of voxels that are in one object; NaN where there is none.
+    """1 minus the F-score of the pairs of voxels that are in one object; 0 where there is no pair.
 
     The adapted Rand error looks only where the truth is an object, so that objects grow beyond it
     for nothing, and takes all that is missed there for one large object. Here a voxel without an
@@ -79,7 +79,7 @@ def object_rand_error(table: Contingency) -> float:
     has_both = (table.pred != 0) & (table.truth != 0)
     sizes = (table.pred_sizes(), table.truth_sizes())
     n_pairs = sum(_n_pairs(counts[ids != 0]) for ids, counts in sizes)
-    return 1 - _ratio(2 * _n_pairs(table.count[has_both]), n_pairs, empty=math.nan)
+    return 1 - _ratio(2 * _n_pairs(table.count[has_both]), n_pairs, empty=1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@
                        (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus a Rand error, which counts pairs of voxels within objects: the adapted one, of which outlines
-that are too wide cost nothing, differs where there is background. Where objects fill the space, few
-of them are met whole, and it is the Rand error that sees whether large ones run together. It knows
-arrays, and neither networks nor volumes.
+minus a Rand error, which counts pairs of voxels within objects. (In the adapted Rand error outlines
+that are too wide cost nothing.) Where objects fill the space, few of them are met whole, and it is
+the Rand error that sees whether large ones run together. It knows arrays, and neither networks nor
+volumes.
 """
 
 from __future__ import annotations
