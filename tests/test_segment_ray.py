@@ -89,15 +89,23 @@ def test_all_workers_killed_at_once_are_replaced_and_nothing_is_lost(tmp_path, m
             super().prepare(stage)
 
         def run(self, stage, blocks):
-            if 6 in blocks and not (tmp_path / "died").exists():
+            if (tmp_path / "died").exists():
+                # Whoever comes first must leave the other one something to do.
+                wait_for(4)
+            elif 6 in blocks:
                 (tmp_path / "died").touch()
-                while len(list(tmp_path.glob("pid-*"))) < 2:
-                    time.sleep(0.01)  # The other one is about to come.
+                wait_for(2)
                 for path in sorted(
                     tmp_path.glob("pid-*"), key=lambda p: str(os.getpid()) in p.name
                 ):
                     os.kill(int(path.name[4:]), signal.SIGKILL)
             return super().run(stage, blocks)
+
+    def wait_for(n_workers):
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("pid-*"))) < n_workers:
+            assert time.monotonic() < deadline, f"fewer than {n_workers} workers came in 60 s"
+            time.sleep(0.01)
 
     monkeypatch.setattr(infer_actor, "SegmentActor", Murderous)
     out = tmp_path / "out.zarr"
