@@ -215,10 +215,13 @@ class WeightMap(Settings):
     """Extra weight of what lies between two objects, as in the U-Net paper (weightmap.py).
 
     `sigma_um` in micrometer, or the image's own units; None: five voxels of the finest axis.
+    `where: gaps` leaves it to the voxels that are not inside an object, so that what separates two
+    objects outweighs what it separates; `everywhere` is the paper's.
     """
 
     w0: Annotated[float, Field(gt=0, le=1000)] = 10.0
     sigma_um: Annotated[float, Field(gt=0)] | None = None
+    where: Literal["everywhere", "gaps"] = "everywhere"
 
 
 class LossConfig(Settings):

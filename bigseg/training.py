@@ -28,6 +28,7 @@ from bigseg.model import UNet
 from bigseg.runs import Journal, RunFiles
 from bigseg.tuning import FEWEST_OBJECTS, choose_rule
 from bigseg.validation import judged_objects, validate
+from bigseg.weightmap import extra_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,7 +194,9 @@ class _Trainer:
 
     def _extra_weights(self, batch: Batch) -> Tensor | None:
         rule = self.config.loss.weight_map
-        return None if rule is None or batch.closeness is None else rule.w0 * batch.closeness
+        if rule is None or batch.closeness is None:
+            return None
+        return extra_weights(batch.target, batch.closeness, w0=rule.w0, where=rule.where)
 
     def _due(self) -> set[str]:
         """What follows this step: report, validate, save; nothing after most steps."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import ndimage
 
-from bigseg.targets import IGNORE, relative_size
+from bigseg.targets import IGNORE, INSIDE, relative_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +92,22 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Classes (same type, `IGNORE` as it is) and closeness (float32, 0 to 1) of packed voxels."""
     classes = (packed & ((1 << CLASS_BITS) - 1)).where(packed >= 0, packed)
     return classes, (packed.clamp(min=0) >> CLASS_BITS).float() / LEVELS
+
+
+def extra_weights(classes: Tensor, close: Tensor, *, w0: float, where: str) -> Tensor:
+    """What each voxel weighs beside its class: w0 times its closeness.
+
+    Args:
+        classes: integers of any shape: background, inside, border or `IGNORE`.
+        close: float32 from 0 to 1, same shape.
+        w0: the weight of a voxel that would belong to two objects.
+        where: 'everywhere', or 'gaps', where voxels inside an object get 0.
+
+    Returns:
+        float32, same shape.
+    """
+    weights = w0 * close
+    return weights * (classes != INSIDE) if where == "gaps" else weights
 
 
 def _numbered(labels: NDArray[Any], ignore: int | None) -> NDArray[np.int32]:

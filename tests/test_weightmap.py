@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bigseg.targets import IGNORE
-from bigseg.weightmap import LEVELS, closeness, closeness_margin_vox, pack, unpack
+from bigseg.targets import BACKGROUND, BORDER, IGNORE, INSIDE
+from bigseg.weightmap import (
+    LEVELS,
+    closeness,
+    closeness_margin_vox,
+    extra_weights,
+    pack,
+    unpack,
+)
 
 
 def by_brute_force(labels, sigma, size, ignore):
@@ -103,3 +110,12 @@ def test_class_and_closeness_come_back_from_one_integer(classes, close):
     np.testing.assert_array_equal(again.numpy(), classes)
     np.testing.assert_array_equal(weight.numpy(), np.where(classes == IGNORE, 0, close) / LEVELS)
     assert (again.dtype, weight.dtype) == (torch.int64, torch.float32)
+
+
+def test_gaps_leave_the_inside_without_extra_weight():
+    classes = torch.tensor([[BACKGROUND, INSIDE, BORDER, BORDER, INSIDE, IGNORE]])
+    close = torch.tensor([[0.5, 0.25, 1.0, 0.75, 0.25, 0.0]])
+    everywhere = extra_weights(classes, close, w0=4, where="everywhere")
+    assert everywhere.tolist() == [[2.0, 1.0, 4.0, 3.0, 1.0, 0.0]]
+    gaps = extra_weights(classes, close, w0=4, where="gaps")
+    assert gaps.tolist() == [[2.0, 0.0, 4.0, 3.0, 0.0, 0.0]]
