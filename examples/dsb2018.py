@@ -28,10 +28,10 @@ SETTINGS = """\
 task: instances
 border_um: 2.0
 net: {depth: 3, width: 32, padding: same}
-patch: [128, 128]
-batch: 4
+patch: [192, 192]
+batch: 2
 optim: {lr: 3.0e-3}
-loss: {dice: 0.5, balance: true, weight_map: {w0: 10, sigma_um: 3.0}}
+loss: {dice: 0.5, balance: true, weight_map: {w0: 10, sigma_um: 3.0, where: gaps}}
 augment: {rotate_degrees: 0, scale: 0, elastic_vox: 0, noise: 0.02, blur_vox: 0.4}
 val_every: 500
 """
