@@ -92,11 +92,12 @@ def test_a_run_for_instances_that_was_cut_off_ends_in_the_same_bytes(cells_url, 
 
 def test_a_weight_map_changes_the_loss_and_one_that_weighs_nothing_does_not(cells_url, tmp_path):
     losses = []
-    for name, rule in (("a", None), ("b", {}), ("c", {"w0": 1e-6})):
+    for name, rule in (("a", None), ("b", {}), ("c", {"w0": 1e-6}), ("d", {"where": "gaps"})):
         config = objects_config(cells_url, steps=1, loss={"weight_map": rule})
         losses.append(journal_loss(here(config, tmp_path / name)))
-    plain, mapped, hardly = losses
+    plain, mapped, hardly, in_gaps = losses
     assert abs(mapped - plain) > 1e-3
+    assert abs(in_gaps - mapped) > 1e-3
     assert hardly == pytest.approx(plain, rel=1e-5)
 
 
