@@ -33,6 +33,7 @@ __all__ = [
     "n_objects",
     "panoptic_quality",
     "pixel_accuracy",
+    "rand_error",
     "seg_score",
     "variation_of_information",
 ]
@@ -69,17 +70,16 @@ def adapted_rand_error(table: Contingency) -> RandScore:
     return RandScore(1 - f_score, _ratio(both, found, empty=1.0), _ratio(both, true, empty=1.0))
 
 
-def object_rand_error(table: Contingency) -> float:
-    """1 minus the F-score of the pairs of voxels that are in one object; 0 where there is no pair.
+def rand_error(table: Contingency) -> float:
+    """1 minus the F-score of pairs of voxels, over all voxels, the background as one more object.
 
     The adapted Rand error looks only where the truth is an object, so that objects grow beyond it
-    for nothing, and takes all that is missed there for one large object. Here a voxel without an
-    object, predicted or true, is in no pair. Where there are none, both errors are the same.
+    for nothing. Equals skimage.metrics.adapted_rand_error with no label ignored.
     """
-    has_both = (table.pred != 0) & (table.truth != 0)
-    sizes = (table.pred_sizes(), table.truth_sizes())
-    n_pairs = sum(_n_pairs(counts[ids != 0]) for ids, counts in sizes)
-    return 1 - _ratio(2 * _n_pairs(table.count[has_both]), n_pairs, empty=1.0)
+    both = _n_pairs(table.count)
+    found = _n_pairs(table.pred_sizes()[1])
+    true = _n_pairs(table.truth_sizes()[1])
+    return 1 - _ratio(2 * both, found + true, empty=1.0)
 
 
 @dataclass(frozen=True, slots=True)

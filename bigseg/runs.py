@@ -206,7 +206,7 @@ def _rule_in_words(card: ModelCard) -> str | None:
         return f"{words} (the defaults: too few objects to choose by)"
     return (
         f"{words}; chosen on {found['n_objects']} held-out objects, of which it makes mean AP "
-        f"{found['average_precision']:.4f}, adapted Rand error {found['rand_error']:.4f}"
+        f"{found['average_precision']:.4f}, Rand error {found['rand_error']:.4f}"
     )
 
 

@@ -4,23 +4,24 @@
                        (coarse, then fine around the best)       (every growth)
 
 The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus a Rand error, which counts pairs of voxels within objects. (In the adapted Rand error outlines
-that are too wide cost nothing.) Where objects fill the space, few of them are met whole, and it is
-the Rand error that sees whether large ones run together. It knows arrays, and neither networks nor
-volumes.
+minus the Rand error of all voxels, which counts pairs. (The adapted Rand error looks only where the
+truth is an object: outlines that are too wide cost nothing in it.) Where most is background, all
+rules have nearly the same Rand error; where objects fill the space, few of them are met whole, and
+it is the Rand error that sees whether large ones run together, and what growth has not reached. It
+knows arrays, and neither networks nor volumes.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigseg.contingency import Contingency, disjoint_union
 from bigseg.instances import FOREGROUND_BIT, INSIDE_BIT, Steps, codes_of, components, erode, grow
-from bigseg.metrics import average_precision, met_objects, object_rand_error
+from bigseg.metrics import average_precision, met_objects, rand_error
 from bigseg.rules import InstanceRule
 from bigseg.targets import IGNORE
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FEWEST_OBJECTS = 3
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
 COARSE_THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.95, 0.975)
 EROSIONS = (0, 1, 2, 3)
 GROWTHS = tuple(range(9))
@@ -79,7 +80,7 @@ class Judged:
 class RuleScore:
     """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1.
 
-    `rand_error` is that of `metrics.object_rand_error`.
+    `rand_error` is that of `metrics.rand_error`.
     """
 
     average_precision: float
@@ -104,19 +105,16 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     """
     if sum(part.n_objects for part in parts) < FEWEST_OBJECTS:
         return None
-    found = _try(parts, _Grid(COARSE_THRESHOLDS, EROSIONS, COARSE_GROWTHS, COARSE_FOREGROUNDS))
-    best = _middle_of_plateau(found, tolerance=0.0)
+    coarse = _Grid(COARSE_THRESHOLDS, EROSIONS, COARSE_GROWTHS, COARSE_FOREGROUNDS)
+    best = _middle_of_plateau(_try_with_sizes(parts, coarse), tolerance=0.0)
     thresholds = [t for t in THRESHOLDS if abs(t - best.threshold) < 0.15]
     erosions = [e for e in EROSIONS if abs(e - best.erode) <= 1]
-    found = _try(parts, _Grid(thresholds, erosions, GROWTHS, [best.foreground]))
-    best = _middle_of_plateau(found)
+    fine = _Grid(thresholds, erosions, GROWTHS, [best.foreground])
+    best = _middle_of_plateau(_try_with_sizes(parts, fine))
     foregrounds = [f for f in FOREGROUNDS if abs(f - best.foreground) < 0.15]
-    found = _try(parts, _Grid([best.threshold], [best.erode], GROWTHS, foregrounds))
+    found = _try(parts, replace(_Grid.of(best), growths=GROWTHS, foregrounds=foregrounds))
     best = _beyond_the_grid(parts, _middle_of_plateau(found))
-    sizes = _sizes_to_try(parts, best)
-    found = _try(
-        parts, _Grid([best.threshold], [best.erode], [best.grow], [best.foreground], sizes)
-    )
+    found = _try(parts, replace(_Grid.of(best), sizes=_sizes_to_try(parts, best)))
     # What one object more or less makes of the score says nothing about the next volume.
     tolerance = max(PLATEAU, 0.5 / sum(part.n_objects for part in parts))
     enough = max(of.score for of in found.values()) - tolerance
@@ -134,6 +132,11 @@ class _Grid:
     growths: Sequence[int]
     foregrounds: Sequence[float]
     sizes: Sequence[int] = (1,)
+
+    @staticmethod
+    def of(rule: InstanceRule) -> _Grid:
+        """The one rule."""
+        return _Grid([rule.threshold], [rule.erode], [rule.grow], [rule.foreground], [rule.min_size])
 
     @property
     def seeds(self) -> Iterator[InstanceRule]:
@@ -154,6 +157,25 @@ def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
             tables = [_tables(p, s, rule, grid.growths) for p, s in zip(parts, seeds, strict=True)]
             for growth, of_parts in zip(grid.growths, zip(*tables, strict=True), strict=True):
                 found[rule.model_copy(update={"grow": growth})] = _judge(parts, of_parts)
+    return found
+
+
+def _try_with_sizes(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
+    """The scores of all rules of a grid, with seeds of all sizes and without the smallest.
+
+    Without that, erosion would be chosen for removing specks, which sizes do at no cost.
+    """
+    found = _try(parts, grid)
+    for seeds in grid.seeds:
+        alike = {
+            rule: of
+            for rule, of in found.items()
+            if (rule.threshold, rule.erode) == (seeds.threshold, seeds.erode)
+        }
+        sizes = _sizes_to_try(parts, _middle_of_plateau(alike, tolerance=0.0))[-1:]
+        if sizes != [1]:
+            one = replace(grid, thresholds=[seeds.threshold], erosions=[seeds.erode], sizes=sizes)
+            found |= _try(parts, one)
     return found
 
 
@@ -182,14 +204,16 @@ def _next_grid(best: InstanceRule) -> _Grid | None:
         foregrounds += [best.foreground + 0.1]
     if len(erosions) + len(growths) + len(foregrounds) == 3:
         return None
-    return _Grid([best.threshold], erosions, growths, [round(f, 2) for f in foregrounds])
+    rounded = [round(f, 2) for f in foregrounds]
+    return replace(_Grid.of(best), erosions=erosions, growths=growths, foregrounds=rounded)
 
 
 def _sizes_to_try(parts: Sequence[Judged], rule: InstanceRule) -> list[int]:
-    """Smallest seeds, at most half as large as nearly all seeds that find an object.
+    """Smallest seeds, at most half as large as nearly all seeds that find an object, ascending.
 
     Few objects are held out, so that others will be smaller than the smallest of them.
     """
+    rule = rule.model_copy(update={"min_size": 1})
     finders = [np.zeros(0, np.int64)]
     for part in parts:
         seeds = _seeds(part, rule)
@@ -245,7 +269,7 @@ def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
     precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
     return RuleScore(
         average_precision=float(np.mean(precision)),
-        rand_error=object_rand_error(table),
+        rand_error=rand_error(table),
         n_objects=sum(part.n_objects for part in parts),
     )
 

@@ -70,7 +70,7 @@ def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_
         f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
         f"{rule.foreground:g}, seeds of at least {rule.min_size} voxels; chosen on "
         f"{score.n_objects} held-out objects, of which it makes mean AP "
-        f"{score.average_precision:.4f}, adapted Rand error "
+        f"{score.average_precision:.4f}, Rand error "
         f"{score.rand_error:.4f}"
     )
     # The same network without its rule: nothing but the card differs.
