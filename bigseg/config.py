@@ -39,7 +39,8 @@ class UNetSpec(Settings):
 
     Level 0 is the finest. Level l has `n_convs` convolutions of `kernels[l]` with `widths[l]`
     channels on the contracting path, and as many again on the expanding path except at the bottom.
-    Between levels l and l+1 lie a max pooling and an up-convolution of `strides[l]`.
+    Between levels l and l+1 lie a max pooling and an up-convolution of `strides[l]`. With `mirror`
+    the probabilities are the mean of those of all mirror images along the axes of the network.
     """
 
     dims: Literal[2, 3]
@@ -51,6 +52,7 @@ class UNetSpec(Settings):
     n_convs: Annotated[int, Field(ge=1, le=8)] = 2
     norm: Literal["batch", "none"] = "batch"
     padding: Literal["valid", "same"] = "valid"
+    mirror: bool = False
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
@@ -74,6 +76,11 @@ class UNetSpec(Settings):
         """Number of poolings."""
         return len(self.strides)
 
+    @property
+    def n_passes(self) -> int:
+        """How often the layers run for one output: once for each mirror image."""
+        return int(2**self.dims) if self.mirror else 1
+
     @classmethod
     def build(
         cls,
@@ -85,6 +92,7 @@ class UNetSpec(Settings):
         in_channels: int = 1,
         voxel_um: Sequence[float] | None = None,
         padding: Literal["valid", "same"] = "valid",
+        mirror: bool = False,
     ) -> UNetSpec:
         """A U-Net whose width doubles at every level.
 
@@ -109,6 +117,7 @@ class UNetSpec(Settings):
             kernels=tuple(kernels),
             strides=tuple(strides[:depth]),
             padding=padding,
+            mirror=mirror,
         )
 
 
@@ -194,12 +203,17 @@ class AugmentConfig(Settings):
 
 
 class NetConfig(Settings):
-    """The network to build; None leaves the choice to bigseg."""
+    """The network to build; None leaves the choice to bigseg.
+
+    `mirror` takes the mean over all mirror images where the network is used, never where it learns:
+    four passes in 2-D and eight in 3-D, for fewer mistakes.
+    """
 
     depth: Annotated[int, Field(ge=0, le=7)] | None = None
     width: Annotated[int, Field(ge=1, le=1024)] | None = None
     padding: Literal["valid", "same"] = "valid"
     anisotropic: bool = True
+    mirror: bool = False
 
 
 class OptimConfig(Settings):

@@ -138,7 +138,9 @@ def forward_bytes(spec: UNetSpec, output: Sequence[Size], *, value_bytes: int = 
     reach = [spec.n_convs * (k - 1) for k in spec.kernels[0]]
     merged = _product([o + r for o, r in zip(output, reach, strict=True)])
     widest = np.maximum(2.1 * read, read + 3.4 * merged)
-    return value_bytes * (spec.in_channels * read + spec.widths[0] * widest)
+    # Beside a pass over a mirror image lie that image and the sum so far.
+    beside = spec.in_channels * read + spec.out_channels * _product(output) if spec.mirror else 0
+    return value_bytes * (spec.in_channels * read + spec.widths[0] * widest) + 4 * beside
 
 
 def default_tile(

@@ -184,7 +184,7 @@ class Footprint:
         """Floating-point operations of the convolutions for one output; 2 per multiply-add."""
         shape = self.input_shape(output)
         levels = [_sizes(self.spec, axis, n) for axis, n in enumerate(shape)]
-        return sum(
+        return self.spec.n_passes * sum(
             _conv_flops(self.spec, step, [lv[i] for lv in levels if lv is not None])
             for i, step in enumerate(_steps(self.spec))
         )
@@ -198,7 +198,7 @@ class Footprint:
             of_steps = [_sizes(self.spec, axis, size + 2 * halo) for size in sizes]
             table = np.array([[1] if n is None else n for n in of_steps], np.float64)
             total = total[..., np.newaxis, :] * table
-        return np.asarray(total.sum(axis=-1))
+        return np.asarray(self.spec.n_passes * total.sum(axis=-1))
 
     def useful_flops(self, n_voxels: int) -> int:
         """Operations for `n_voxels` voxels of output without any halo, as in an endless volume."""
@@ -206,7 +206,7 @@ class Footprint:
         for step in _steps(self.spec):
             voxels = n_voxels / math.prod(math.prod(s) for s in self.spec.strides[: step.level])
             total += _conv_flops(self.spec, step, [1]) * voxels
-        return round(total)
+        return round(self.spec.n_passes * total)
 
 
 def footprint(spec: UNetSpec) -> Footprint:

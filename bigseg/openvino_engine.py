@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from bigseg.errors import ResourceError
 from bigseg.model import UNet, footprint, valid_copy
 from bigseg.reuse import digest_of, load_entry, processor, save_entry
-from bigseg.torch_engine import fold_batch_norm, weights_digest
+from bigseg.torch_engine import (
+    fold_batch_norm,
+    from_host,
+    over_mirror_images,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
     from bigseg.torch_engine import EngineSpec, Forward
 
@@ -55,11 +58,11 @@ def openvino_forward(
     _check(compiled, spec, n_threads)
     request = compiled.create_infer_request()
 
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        request.infer([np.ascontiguousarray(batch)], share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+    def forward(batch: Tensor) -> Tensor:
+        request.infer([np.ascontiguousarray(batch.numpy())], share_inputs=True)
+        return torch.from_numpy(np.array(request.get_output_tensor(0).data, dtype=np.float32))
 
-    return forward
+    return from_host(over_mirror_images(forward, net.spec), torch.device("cpu"))
 
 
 def _kept_or_compiled(

@@ -241,6 +241,7 @@ def _choose_spec(asked: TrainConfig, found: Survey) -> UNetSpec:
         in_channels=len(asked.channels),
         voxel_um=found.voxel_size if asked.net.anisotropic else None,
         padding=asked.net.padding,
+        mirror=asked.net.mirror,
     )
 
 

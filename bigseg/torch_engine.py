@@ -13,6 +13,7 @@ each of them, in float32.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import tempfile
@@ -35,6 +36,8 @@ from bigseg.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from bigseg.config import UNetSpec
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +84,47 @@ def device_forward(
     module = _on_device(net, device, spec.precision)
     example = _as_input(torch.zeros(shape, device=device), spec.precision)
     if spec.name == "torch":
-        return _with_softmax(module, spec.precision, net.spec.out_channels)
+        return over_mirror_images(
+            _with_softmax(module, spec.precision, net.spec.out_channels), net.spec
+        )
     if spec.name == "compiled":
         built = _compiled(module, example, _key(net, spec, shape))
     elif spec.name == "tensorrt":
         built = _tensorrt(module, example, _key(net, spec, shape))
     else:
         raise UsageError(f"engine {spec.name} has no forward function on {device}: use the host's")
-    return _of_one_shape(_with_softmax(built, spec.precision, net.spec.out_channels), shape)
+    forward = _with_softmax(built, spec.precision, net.spec.out_channels)
+    return _of_one_shape(over_mirror_images(forward, net.spec), shape)
 
 
 def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> Forward:
     """The reference forward: eager torch, from the host to the host, for batches of any shape."""
     module = _on_device(net, device, precision)
-    return from_host(_with_softmax(module, precision, net.spec.out_channels), device)
+    forward = _with_softmax(module, precision, net.spec.out_channels)
+    return from_host(over_mirror_images(forward, net.spec), device)
+
+
+def over_mirror_images(forward: DeviceForward, spec: UNetSpec) -> DeviceForward:
+    """The mean of `forward` over all mirror images, where the network asks for it, else itself.
+
+    Valid mode keeps the lattice of the pooling: each of them divides what it is given, so that its
+    windows are the same ones from either end. So a tile gives what the whole volume gives.
+    """
+    if not spec.mirror:
+        return forward
+    axes = range(2, 2 + spec.dims)
+    flips = [f for n in range(1, spec.dims + 1) for f in itertools.combinations(axes, n)]
+
+    def mean(batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            # Not in place: nobody knows whose memory it is.
+            total = 1.0 * forward(batch)
+            for flipped in flips:
+                total += forward(batch.flip(flipped)).flip(flipped)
+            total *= 1 / spec.n_passes
+            return total
+
+    return mean
 
 
 def from_host(forward: DeviceForward, device: torch.device) -> Forward:

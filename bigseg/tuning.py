@@ -136,7 +136,8 @@ class _Grid:
     @staticmethod
     def of(rule: InstanceRule) -> _Grid:
         """The one rule."""
-        return _Grid([rule.threshold], [rule.erode], [rule.grow], [rule.foreground], [rule.min_size])
+        seeds, sizes = ([rule.threshold], [rule.erode]), [rule.min_size]
+        return _Grid(*seeds, [rule.grow], [rule.foreground], sizes)
 
     @property
     def seeds(self) -> Iterator[InstanceRule]:

@@ -1,5 +1,6 @@
 """Every engine computes the same network, in valid mode, and says which it is."""
 
+import itertools
 import os
 import sys
 import types
@@ -122,6 +123,26 @@ def test_openvino_in_float32_is_torch_at_any_size(case, tmp_path):
     found = engine_of("openvino", "fp32", net, batch)(batch)
     assert (found.shape, found.dtype) == (truth.shape, np.float32)
     np.testing.assert_allclose(found, truth, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["2-D", "3-D"])
+def test_mirror_images_are_averaged_by_every_engine(case, tmp_path):
+    spec = SPECS[case].model_copy(update={"mirror": True})
+    net, _ = write_model(tmp_path / "m.safetensors", spec)
+    batch = batch_for(spec, n=2 if spec.dims == 2 else 1, extra=5)
+    axes = range(2, batch.ndim)
+    sides = [s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n)]
+    assert len(sides) == spec.n_passes == 2**spec.dims
+    images = [np.flip(plain(net, np.flip(batch, s).copy()), s) for s in sides]
+    truth = np.mean(images, axis=0)
+    assert np.abs(images[-1] - images[0]).max() > 1e-3
+    for found in (
+        torch_forward(net, device=CPU, precision="fp32")(batch),
+        engine_of("torch", "fp32", net, batch)(batch),
+        engine_of("openvino", "fp32", net, batch)(batch),
+    ):
+        assert (found.shape, found.dtype) == (truth.shape, np.float32)
+        np.testing.assert_allclose(found, truth, atol=1e-4, rtol=0)
 
 
 @needs_bf16

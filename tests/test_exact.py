@@ -4,6 +4,7 @@ The whole-volume result is computed here by itself: mirror the volume with numpy
 once over all of it in float32, crop. Nothing of bigseg's tiling takes part in it.
 """
 
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +25,10 @@ from bigseg.volume import open_volume
 
 
 def whole_volume(net, data):
-    """Probabilities (k, z, y, x) of the whole volume in one forward pass (a plane each in 2-D)."""
+    """Probabilities (k, z, y, x) of the whole volume in one pass (a plane each in 2-D).
+
+    One pass for each mirror image where the network asks for them.
+    """
     mark = footprint(net.spec)
     x = (data.astype(np.float32) - np.float32(NORM.offset)) / np.float32(NORM.scale)
     shape = data.shape[-net.spec.dims :]
@@ -33,14 +37,20 @@ def whole_volume(net, data):
         margins.append((halo, output - n + halo))
     lead = [(0, 0)] * (data.ndim - net.spec.dims)
     padded = np.pad(x, lead + margins, mode="reflect")
-    with torch.inference_mode():
-        if net.spec.dims == 3:
-            logits = net(torch.from_numpy(padded)[None, None])[0]
-        else:
-            logits = net(torch.from_numpy(padded)[:, None]).swapaxes(0, 1)
-        probabilities = logits.softmax(0).numpy()
+    axes = range(-net.spec.dims, 0) if net.spec.mirror else ()
+    images = [s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n)]
+    probabilities = np.mean(
+        [np.flip(one_pass(net, np.flip(padded, axes)), axes) for axes in images], axis=0
+    )
     index = tuple(slice(0, n) for n in shape)
     return probabilities[(..., *index)]
+
+
+def one_pass(net, padded):
+    x = torch.from_numpy(padded.copy())
+    with torch.inference_mode():
+        logits = net(x[None, None])[0] if net.spec.dims == 3 else net(x[:, None]).swapaxes(0, 1)
+        return logits.softmax(0).numpy()
 
 
 def run(image, model, out, **options):
@@ -65,7 +75,14 @@ def cases(draw):
     dims = draw(st.sampled_from([2, 3]))
     depth = draw(st.integers(0, 2 if dims == 2 else 1))
     anisotropy = draw(st.sampled_from([None, (4.0, 1.0, 1.0)])) if dims == 3 else None
-    spec = UNetSpec.build(dims, out_channels=3, depth=depth, width=2, voxel_um=anisotropy)
+    spec = UNetSpec.build(
+        dims,
+        out_channels=3,
+        depth=depth,
+        width=2,
+        voxel_um=anisotropy,
+        mirror=draw(st.booleans()),
+    )
     stride = footprint(spec).stride
     z = draw(st.sampled_from([1, 2, 5, 17] if dims == 3 else [1, 3]))
     shape = (z, draw(st.integers(1, 50)), draw(st.integers(1, 50)))

@@ -155,6 +155,15 @@ def test_flops_of_one_convolution_by_hand():
     assert footprint(spec).flops((10, 10)) == 2 * 9 * 100 + 2 * 100
 
 
+def test_mirror_images_cost_a_pass_each():
+    once = UNetSpec.build(3, out_channels=2, depth=1, width=4)
+    mirrored = once.model_copy(update={"mirror": True})
+    a, b = footprint(once), footprint(mirrored)
+    assert b.flops((8, 8, 8)) == 8 * a.flops((8, 8, 8))
+    assert b.useful_flops(1000) == 8 * a.useful_flops(1000)
+    assert b.flops_of_all([[8]] * 3).tolist() == (8 * a.flops_of_all([[8]] * 3)).tolist()
+
+
 def test_anisotropic_voxels_are_not_pooled_along_the_coarse_axis():
     spec = UNetSpec.build(3, out_channels=2, depth=3, width=4, voxel_um=(0.04, 0.01, 0.01))
     assert spec.strides == ((1, 2, 2), (1, 2, 2), (2, 2, 2))
