@@ -84,24 +84,20 @@ def device_forward(
     module = _on_device(net, device, spec.precision)
     example = _as_input(torch.zeros(shape, device=device), spec.precision)
     if spec.name == "torch":
-        return over_mirror_images(
-            _with_softmax(module, spec.precision, net.spec.out_channels), net.spec
-        )
+        return _with_softmax(module, spec.precision, net.spec)
     if spec.name == "compiled":
         built = _compiled(module, example, _key(net, spec, shape))
     elif spec.name == "tensorrt":
         built = _tensorrt(module, example, _key(net, spec, shape))
     else:
         raise UsageError(f"engine {spec.name} has no forward function on {device}: use the host's")
-    forward = _with_softmax(built, spec.precision, net.spec.out_channels)
-    return _of_one_shape(over_mirror_images(forward, net.spec), shape)
+    return _of_one_shape(_with_softmax(built, spec.precision, net.spec), shape)
 
 
 def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> Forward:
     """The reference forward: eager torch, from the host to the host, for batches of any shape."""
     module = _on_device(net, device, precision)
-    forward = _with_softmax(module, precision, net.spec.out_channels)
-    return from_host(over_mirror_images(forward, net.spec), device)
+    return from_host(_with_softmax(module, precision, net.spec), device)
 
 
 def over_mirror_images(forward: DeviceForward, spec: UNetSpec) -> DeviceForward:
@@ -178,13 +174,13 @@ def _as_input(batch: Tensor, precision: Precision) -> Tensor:
 
 
 def _with_softmax(
-    logits: Callable[[Tensor], Tensor], precision: Precision, n_classes: int
+    logits: Callable[[Tensor], Tensor], precision: Precision, spec: UNetSpec
 ) -> DeviceForward:
     def forward(batch: Tensor) -> Tensor:
         with torch.inference_mode(), _repeatable():
-            return _softmax(logits(_as_input(batch, precision))[:, :n_classes].float())
+            return _softmax(logits(_as_input(batch, precision))[:, : spec.out_channels].float())
 
-    return forward
+    return over_mirror_images(forward, spec)
 
 
 def _of_one_shape(forward: DeviceForward, shape: tuple[int, ...]) -> DeviceForward:

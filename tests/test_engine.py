@@ -476,7 +476,7 @@ def prepared(spec, tmp_path):
     truth = torch_forward(net, device=CPU, precision="fp32")(batch)
 
     def probabilities(logits):
-        forward = torch_engine._with_softmax(logits, "fp32", spec.out_channels)
+        forward = torch_engine._with_softmax(logits, "fp32", spec)
         return forward(torch.from_numpy(batch)).numpy()
 
     return module, example, probabilities, truth
