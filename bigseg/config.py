@@ -205,8 +205,8 @@ class AugmentConfig(Settings):
 class NetConfig(Settings):
     """The network to build; None leaves the choice to bigseg.
 
-    `mirror` takes the mean over all mirror images where the network is used, never where it learns:
-    four passes in 2-D and eight in 3-D, for fewer mistakes.
+    `mirror` takes the mean over all mirror images where the network is used, validation included,
+    and never where it learns: four passes in 2-D, eight in 3-D.
     """
 
     depth: Annotated[int, Field(ge=0, le=7)] | None = None

@@ -44,7 +44,7 @@ AP_TWENTIETHS = tuple(range(10, 20))
 
 @dataclass(frozen=True, slots=True)
 class RandScore:
-    """Adapted Rand error and the two parts of its harmonic mean, all from 0 to 1."""
+    """A Rand error and the two parts of its harmonic mean, all from 0 to 1."""
 
     error: float
     precision: float
@@ -61,13 +61,7 @@ def adapted_rand_error(table: Contingency) -> RandScore:
     (skimage 0.26 returns the two the other way round). NaN where no truth is foreground.
     """
     table = table.foreground()
-    if not len(table):
-        return RandScore(math.nan, math.nan, math.nan)
-    both = _n_pairs(table.count)
-    found = _n_pairs(table.pred_sizes()[1])
-    true = _n_pairs(table.truth_sizes()[1])
-    f_score = _ratio(2 * both, found + true, empty=1.0)
-    return RandScore(1 - f_score, _ratio(both, found, empty=1.0), _ratio(both, true, empty=1.0))
+    return _rand_score(table) if len(table) else RandScore(math.nan, math.nan, math.nan)
 
 
 def rand_error(table: Contingency) -> float:
@@ -76,10 +70,7 @@ def rand_error(table: Contingency) -> float:
     The adapted Rand error looks only where the truth is an object, so that objects grow beyond it
     for nothing. Equals skimage.metrics.adapted_rand_error with no label ignored.
     """
-    both = _n_pairs(table.count)
-    found = _n_pairs(table.pred_sizes()[1])
-    true = _n_pairs(table.truth_sizes()[1])
-    return 1 - _ratio(2 * both, found + true, empty=1.0)
+    return _rand_score(table).error
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +252,14 @@ def _object_pairs(table: Contingency) -> _Pairs:
     n_pred = pred_sizes[np.searchsorted(pred_ids, pred)]
     n_truth = truth_sizes[np.searchsorted(truth_ids, truth)]
     return _Pairs(pred, truth, n_both, n_pred + n_truth - n_both)
+
+
+def _rand_score(table: Contingency) -> RandScore:
+    both = _n_pairs(table.count)
+    found = _n_pairs(table.pred_sizes()[1])
+    true = _n_pairs(table.truth_sizes()[1])
+    f_score = _ratio(2 * both, found + true, empty=1.0)
+    return RandScore(1 - f_score, _ratio(both, found, empty=1.0), _ratio(both, true, empty=1.0))
 
 
 def _n_pairs(sizes: NDArray[np.int64]) -> float:

@@ -2,7 +2,7 @@
 
 All three start from the same module: valid, batch norm folded into the convolutions, channels last,
 in the type of the precision. They end in logits; the softmax over classes is the same code after
-each of them, in float32.
+each of them, in float32, and so is the mean over mirror images.
 
     torch      eager; in fp32 the truth that every other engine is held against
     compiled   on processors one library, compiled ahead of time and kept for the next run;
@@ -84,20 +84,20 @@ def device_forward(
     module = _on_device(net, device, spec.precision)
     example = _as_input(torch.zeros(shape, device=device), spec.precision)
     if spec.name == "torch":
-        return _with_softmax(module, spec.precision, net.spec)
+        return _probabilities(module, spec.precision, net.spec)
     if spec.name == "compiled":
         built = _compiled(module, example, _key(net, spec, shape))
     elif spec.name == "tensorrt":
         built = _tensorrt(module, example, _key(net, spec, shape))
     else:
         raise UsageError(f"engine {spec.name} has no forward function on {device}: use the host's")
-    return _of_one_shape(_with_softmax(built, spec.precision, net.spec), shape)
+    return _of_one_shape(_probabilities(built, spec.precision, net.spec), shape)
 
 
 def torch_forward(net: UNet, *, device: torch.device, precision: Precision) -> Forward:
     """The reference forward: eager torch, from the host to the host, for batches of any shape."""
     module = _on_device(net, device, precision)
-    return from_host(_with_softmax(module, precision, net.spec), device)
+    return from_host(_probabilities(module, precision, net.spec), device)
 
 
 def over_mirror_images(forward: DeviceForward, spec: UNetSpec) -> DeviceForward:
@@ -173,7 +173,7 @@ def _as_input(batch: Tensor, precision: Precision) -> Tensor:
     return batch.to(DTYPES[precision]).to(memory_format=layout)
 
 
-def _with_softmax(
+def _probabilities(
     logits: Callable[[Tensor], Tensor], precision: Precision, spec: UNetSpec
 ) -> DeviceForward:
     def forward(batch: Tensor) -> Tensor:

@@ -136,8 +136,13 @@ class _Grid:
     @staticmethod
     def of(rule: InstanceRule) -> _Grid:
         """The one rule."""
-        seeds, sizes = ([rule.threshold], [rule.erode]), [rule.min_size]
-        return _Grid(*seeds, [rule.grow], [rule.foreground], sizes)
+        return _Grid(
+            thresholds=[rule.threshold],
+            erosions=[rule.erode],
+            growths=[rule.grow],
+            foregrounds=[rule.foreground],
+            sizes=[rule.min_size],
+        )
 
     @property
     def seeds(self) -> Iterator[InstanceRule]:
@@ -150,7 +155,7 @@ class _Grid:
 
 def _try(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, RuleScore]:
     """The scores of all rules of a grid; seeds are made once for all that share them."""
-    found = {}
+    found: dict[InstanceRule, RuleScore] = {}
     for of_seeds in grid.seeds:
         seeds = [_seeds(part, of_seeds) for part in parts]
         for foreground in grid.foregrounds:
@@ -166,17 +171,14 @@ def _try_with_sizes(parts: Sequence[Judged], grid: _Grid) -> dict[InstanceRule, 
 
     Without that, erosion would be chosen for removing specks, which sizes do at no cost.
     """
-    found = _try(parts, grid)
+    found: dict[InstanceRule, RuleScore] = {}
     for seeds in grid.seeds:
-        alike = {
-            rule: of
-            for rule, of in found.items()
-            if (rule.threshold, rule.erode) == (seeds.threshold, seeds.erode)
-        }
-        sizes = _sizes_to_try(parts, _middle_of_plateau(alike, tolerance=0.0))[-1:]
-        if sizes != [1]:
-            one = replace(grid, thresholds=[seeds.threshold], erosions=[seeds.erode], sizes=sizes)
-            found |= _try(parts, one)
+        one = replace(grid, thresholds=[seeds.threshold], erosions=[seeds.erode])
+        of_any_size = _try(parts, one)
+        found |= of_any_size
+        largest = _sizes_to_try(parts, _middle_of_plateau(of_any_size, tolerance=0.0))[-1]
+        if largest > 1:
+            found |= _try(parts, replace(one, sizes=[largest]))
     return found
 
 

@@ -125,8 +125,10 @@ def test_openvino_in_float32_is_torch_at_any_size(case, tmp_path):
     np.testing.assert_allclose(found, truth, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["2-D", "3-D"])
-def test_mirror_images_are_averaged_by_every_engine(case, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "names"), [("2-D", ["torch", "openvino", "compiled"]), ("3-D", ["torch", "openvino"])]
+)
+def test_mirror_images_are_averaged_by_every_engine(case, names, tmp_path, nothing_kept):
     spec = SPECS[case].model_copy(update={"mirror": True})
     net, _ = write_model(tmp_path / "m.safetensors", spec)
     batch = batch_for(spec, n=2 if spec.dims == 2 else 1, extra=5)
@@ -136,11 +138,9 @@ def test_mirror_images_are_averaged_by_every_engine(case, tmp_path):
     images = [np.flip(plain(net, np.flip(batch, s).copy()), s) for s in sides]
     truth = np.mean(images, axis=0)
     assert np.abs(images[-1] - images[0]).max() > 1e-3
-    for found in (
-        torch_forward(net, device=CPU, precision="fp32")(batch),
-        engine_of("torch", "fp32", net, batch)(batch),
-        engine_of("openvino", "fp32", net, batch)(batch),
-    ):
+    forwards = [engine_of(name, "fp32", net, batch) for name in names]
+    for forward in (torch_forward(net, device=CPU, precision="fp32"), *forwards):
+        found = forward(batch)
         assert (found.shape, found.dtype) == (truth.shape, np.float32)
         np.testing.assert_allclose(found, truth, atol=1e-4, rtol=0)
 
@@ -476,7 +476,7 @@ def prepared(spec, tmp_path):
     truth = torch_forward(net, device=CPU, precision="fp32")(batch)
 
     def probabilities(logits):
-        forward = torch_engine._with_softmax(logits, "fp32", spec)
+        forward = torch_engine._probabilities(logits, "fp32", spec)
         return forward(torch.from_numpy(batch)).numpy()
 
     return module, example, probabilities, truth

@@ -38,10 +38,9 @@ def whole_volume(net, data):
     lead = [(0, 0)] * (data.ndim - net.spec.dims)
     padded = np.pad(x, lead + margins, mode="reflect")
     axes = range(-net.spec.dims, 0) if net.spec.mirror else ()
-    images = [s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n)]
-    probabilities = np.mean(
-        [np.flip(one_pass(net, np.flip(padded, axes)), axes) for axes in images], axis=0
-    )
+    sides = [s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n)]
+    images = [np.flip(one_pass(net, np.flip(padded, side)), side) for side in sides]
+    probabilities = np.mean(images, axis=0)
     index = tuple(slice(0, n) for n in shape)
     return probabilities[(..., *index)]
 

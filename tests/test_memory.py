@@ -46,9 +46,12 @@ def measure(image, model, out, memory, engine, tile=None):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-def test_a_worker_stays_within_its_memory(tmp_path, engine):
-    model = write_model(tmp_path / "m.safetensors", SPEC)[1]
+@pytest.mark.parametrize(
+    ("engine", "mirror"), [("openvino", False), ("torch", False), ("openvino", True)]
+)
+def test_a_worker_stays_within_its_memory(tmp_path, engine, mirror):
+    spec = SPEC.model_copy(update={"mirror": mirror})
+    model = write_model(tmp_path / "m.safetensors", spec)[1]
     image = write_image(tmp_path / "i.zarr", noise((150, 200, 200)), chunks=(50, 64, 64))
     small, large = 1000 << 20, 1500 << 20
     tight = measure(image, model, tmp_path / "a.zarr", small, engine)
