@@ -6,9 +6,9 @@ dask-image takes minutes for 512³ voxels: leave it out with `--peers igneous`.
 
 The volume is a mask of smoothed noise in shared memory. bigseg's way, in the stages and by the
 functions of `bigseg segment`, by two processes: the components of every block by itself, their ids
-and outermost planes left in shared memory, as scratch space has them; the pairs of every block and
-its neighbours; numbers; and the numbers written into one uint32 volume. cc3d labels the whole with
-one thread. dask-image and igneous (its stages for components, on a precomputed volume of its own in
+and outermost planes left in shared memory instead of scratch space; the pairs of every block and
+its neighbours; numbers; and the numbers written into one volume of the smallest type that holds
+them all. cc3d labels the whole with one thread, into the type that it finds safe. dask-image and igneous (its stages for components, on a precomputed volume of its own in
 memory) run as their users run them, where a Python that has them is given. Ours is compared voxel
 by voxel with cc3d's, numbered anew.
 """
@@ -39,10 +39,11 @@ from bigseg.faces import Adjacency, BlockComponents, describe, equal_pairs
 from bigseg.grow_stages import renumber
 from bigseg.instances import components
 from bigseg.joining import Tables
+from bigseg.plan import smallest_type
 from bigseg.stitch import neighbours, number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -76,15 +77,19 @@ def main() -> None:
     ) as pool:
         list(pool.map(_nothing, range(4 * options.workers)))
         for _ in range(options.repeats):
-            whole = functools.partial(cc3d.connected_components, mask[0], connectivity=6)
+            whole = functools.partial(
+                cc3d.connected_components, mask[0].view(np.uint8), connectivity=6
+            )
             seconds["cc3d"].append(_timed(whole))
             seconds["bigseg"].append(_timed(lambda: _blockwise(grid, pool.map)))
             for name, time_s in _peers(options.peer_python, options.peers, mask).items():
                 seconds.setdefault(name, []).append(time_s)
-    truth, n = components(mask != 0, dims=3, connectivity=1)
-    assert np.array_equal(_ARRAYS["labels"], truth), "the ways differ"
+    truth, n = components(mask, dims=3, connectivity=1)
+    assert np.array_equal(_held_as("labels", smallest_type(n), mask.shape), truth), "ways differ"
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    found = {"components": n, "blocks": len(grid), "medians_s": medians, "all_s": seconds}
+    types = {"labels": str(smallest_type(n)), "cc3d": str(whole().dtype)}
+    found = {"components": n, "blocks": len(grid), "types": types}
+    found |= {"medians_s": medians, "all_s": seconds}
     found["of cc3d"] = {name: round(value / medians["cc3d"], 3) for name, value in medians.items()}
     found["parts_s of one process"] = _parts(grid)
     print(json.dumps(found, indent=2))
@@ -96,7 +101,8 @@ def main() -> None:
 
 def _make_arrays(grid: BlockGrid) -> None:
     shape, core = grid.region.shape, grid.core_shape
-    _share("mask", np.uint8, shape)[:] = _blobs(shape)
+    _share("mask", np.bool_, shape)[:] = _blobs(shape)
+    # For labels and ids of two or four bytes.
     _share("labels", np.uint32, shape)
     _share("ids", np.uint32, (len(grid), *core))
     # All sides of a core are equally long.
@@ -138,21 +144,32 @@ def _timed(work: Callable[[], object]) -> float:
 def _blockwise(grid: BlockGrid, each: Callable[..., Iterable[Any]]) -> None:
     """All of it; `each` maps a function over blocks."""
     blocks = range(len(grid))
-    firsts = list(each(_label, [grid] * len(grid), blocks))
+    types, firsts = zip(*each(_label, [grid] * len(grid), blocks), strict=True)
     pairs = list(each(_pairs, [grid] * len(grid), blocks))
     numbers = _numbers(grid, firsts, pairs)
-    list(each(_renumber, [grid] * len(grid), blocks, numbers))
+    list(each(_renumber, [grid] * len(grid), blocks, types, numbers))
 
 
-def _label(grid: BlockGrid, index: int) -> NDArray[np.uint64]:
-    """The first voxels of a block's components; ids and planes are left behind."""
+def _label(grid: BlockGrid, index: int) -> tuple[np.dtype[Any], NDArray[np.uint64]]:
+    """Type of a block's ids, and first voxels; ids and planes are left behind."""
     core, mask = grid[index].core, _ARRAYS["mask"]
-    ids, _ = components(mask[core.slices] != 0, dims=3, connectivity=1)
-    _ARRAYS["ids"][index] = ids
+    ids, _ = components(mask[core.slices], dims=3, connectivity=1)
+    _ids_of(index, ids.dtype)[:] = ids
     found = describe(ids, core, mask.shape, axes=ADJACENCY.axes, sized=False)
     for place, plane in zip(PLANES, _ARRAYS["planes"][index], strict=True):
         plane[:] = found.planes[place]
-    return found.first
+    return ids.dtype, found.first
+
+
+def _ids_of(index: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Where the ids of a block lie, in their type."""
+    room = _ARRAYS["ids"][index]
+    return room.reshape(-1).view(dtype)[: room.size].reshape(room.shape)
+
+
+def _held_as(name: str, dtype: np.dtype[Any], shape: Vec) -> NDArray[Any]:
+    """The beginning of the shared memory of an array, in another type."""
+    return np.ndarray(shape, dtype, _HELD[name].buf)
 
 
 def _pairs(grid: BlockGrid, index: int) -> list[tuple[int, NDArray[np.uint32]]]:
@@ -170,10 +187,10 @@ def _faces(grid: BlockGrid, index: int) -> BlockComponents:
 
 def _numbers(
     grid: BlockGrid,
-    firsts: list[NDArray[np.uint64]],
+    firsts: Sequence[NDArray[np.uint64]],
     pairs: list[list[tuple[int, NDArray[np.uint32]]]],
-) -> list[NDArray[np.uint64]]:
-    """The numbers of each block's components."""
+) -> list[NDArray[np.unsignedinteger[Any]]]:
+    """The numbers of each block's components, in the type of the result."""
     numbers: dict[int, NDArray[np.uint64]] = {}
     tables = Tables(
         grid,
@@ -181,13 +198,15 @@ def _numbers(
         lambda block: BlockComponents(grid[block].core, firsts[block], {}),
         pairs.__getitem__,
     )
-    number(tables, numbers.__setitem__, min_size=1)
-    return [numbers[index] for index in range(len(grid))]
+    dtype = smallest_type(number(tables, numbers.__setitem__, min_size=1))
+    return [numbers[index].astype(dtype) for index in range(len(grid))]
 
 
-def _renumber(grid: BlockGrid, index: int, numbers: NDArray[np.uint64]) -> None:
-    labels = _ARRAYS["labels"][grid[index].core.slices]
-    renumber(_ARRAYS["ids"][index], numbers.astype(np.uint32), out=labels)
+def _renumber(
+    grid: BlockGrid, index: int, dtype: np.dtype[Any], numbers: NDArray[np.unsignedinteger[Any]]
+) -> None:
+    labels = _held_as("labels", numbers.dtype, grid.region.shape)[grid[index].core.slices]
+    renumber(_ids_of(index, dtype), numbers, out=labels)
 
 
 def _parts(grid: BlockGrid) -> dict[str, float]:
@@ -205,7 +224,7 @@ def _parts(grid: BlockGrid) -> dict[str, float]:
 
     timed("all", _blockwise, grid, each)
     for block in grid:
-        part = timed("of label: copy mask", lambda c=block.core: _ARRAYS["mask"][c.slices] != 0)
+        part = timed("of label: copy mask", lambda c=block.core: _ARRAYS["mask"][c.slices].copy())
         alone = functools.partial(cc3d.connected_components, part[0].view(np.uint8), connectivity=6)
         timed("of label: cc3d alone", alone)
     return {name: round(value, 3) for name, value in seconds.items()}

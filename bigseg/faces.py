@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Region, Vec
+
+Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 
 N_AXES = 4
 _COMPONENTS, _PAIRS = "components", "pairs"
@@ -138,7 +140,7 @@ class Adjacency:
 
 
 def describe(
-    ids: NDArray[np.uint32],
+    ids: NDArray[np.unsignedinteger[Any]],
     core: Region,
     shape: Vec,
     *,
@@ -155,7 +157,7 @@ def describe(
     places, n = beginnings(ids)
     assert n == len(places), "ids must be in the order of their first voxels"
     planes = {
-        (axis, side): np.ascontiguousarray(np.take(ids, -side, axis))
+        (axis, side): np.take(ids, -side, axis).astype(np.uint32, order="C")
         for axis in axes
         for side in (0, 1)
     }
@@ -163,7 +165,7 @@ def describe(
     return BlockComponents(core, _raster_in(shape, core, places), planes, sizes, owners)
 
 
-def beginnings(ids: NDArray[np.uint32]) -> tuple[NDArray[np.int64], int]:
+def beginnings(ids: NDArray[Unsigned]) -> tuple[NDArray[np.int64], int]:
     """Where `ids` exceed all before them in raster order, as flat indices, and the highest of them.
 
     There are as many as the highest where ids are numbered 1, 2, ... by their first voxels, and
@@ -171,15 +173,26 @@ def beginnings(ids: NDArray[np.uint32]) -> tuple[NDArray[np.int64], int]:
     """
     if not ids.size:
         return np.zeros(0, np.int64), 0
-    rows = ids.reshape(-1, ids.shape[-1])
-    highest = np.maximum.accumulate(rows.max(axis=1))
-    before = np.concatenate([highest[:1] * 0, highest[:-1]])
-    # Rows are looked into only where they raise the highest id.
-    telling = np.flatnonzero(highest > before)
-    row, column = np.nonzero(rows[telling] > before[telling, np.newaxis])
-    so_far = np.maximum.accumulate(rows[telling[row], column])
-    is_first = np.diff(so_far, prepend=np.uint32(0)) > 0
-    return (telling[row] * rows.shape[1] + column)[is_first], int(highest[-1])
+    n_rows, length = (1, *ids.shape)[-2:]
+    planes = ids.reshape(-1, n_rows, length)
+    # Only planes that raise the highest id are looked into, and in these only such rows: the
+    # highest of a plane takes a fraction of what those of its rows take.
+    plane, _ = _rises(planes.reshape(len(planes), -1).max(axis=1))
+    place, before = _rises(planes[plane].max(axis=2).reshape(-1))
+    row = plane[place // n_rows] * n_rows + place % n_rows
+    values = ids.reshape(-1, length)[row]
+    which, column = np.nonzero(values > before[:, np.newaxis])
+    so_far = np.maximum.accumulate(values[which, column])
+    is_first = np.diff(so_far, prepend=ids.dtype.type(0)) > 0
+    return (row[which] * length + column)[is_first], int(so_far.max(initial=0))
+
+
+def _rises(values: NDArray[Unsigned]) -> tuple[NDArray[np.int64], NDArray[Unsigned]]:
+    """Where values exceed all before them, and the highest before each of these places."""
+    highest = np.maximum.accumulate(values)
+    before = np.concatenate([np.zeros(1, values.dtype), highest])[:-1]
+    places = np.flatnonzero(highest > before)
+    return places, before[places]
 
 
 def equal_pairs(
@@ -269,7 +282,7 @@ def _plane_name(axis: int, side: int) -> str:
     return f"plane {axis} {side}"
 
 
-def _sizes(ids: NDArray[np.uint32], n: int) -> NDArray[np.uint64]:
+def _sizes(ids: NDArray[np.unsignedinteger[Any]], n: int) -> NDArray[np.uint64]:
     """Voxels of each of the components 1..n."""
     flat = ids.reshape(-1)
     # Runs of one id are long: counting their lengths is quicker than counting voxels.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -196,21 +196,21 @@ class FillStage(LabelStage):
 
 
 def renumber(
-    ids: NDArray[np.uint32], numbers: NDArray[Unsigned], *, out: NDArray[Unsigned]
+    ids: NDArray[np.unsignedinteger[Any]], numbers: NDArray[Unsigned], *, out: NDArray[Unsigned]
 ) -> None:
     """Write into `out` what `numbers` (n,) has for each of `ids` (t, z, y, x), which are 0 or 1..n.
 
-    0 stays 0. Raises IndexError for an id above n.
+    Ids are below 2³¹, as voxels of a core are. 0 stays 0. Raises IndexError for an id above n.
     """
     table = np.zeros(len(numbers) + 1, numbers.dtype)
     table[1:] = numbers
     # torch gathers twice as fast as numpy, which makes 64-bit indices of ids first; it does so for
-    # signed integers, and all ids are below 2³¹, as voxels of a core are.
+    # signed integers of 32 bits.
     signed = torch.from_numpy(table.view(f"i{table.itemsize}"))
     n_planes = max(1, _CACHED_VOXELS // max(1, math.prod(ids.shape[2:])))
     for t, z in itertools.product(range(len(ids)), range(0, ids.shape[1], n_planes)):
         part = ids[t, z : z + n_planes]
-        places = torch.from_numpy(part.reshape(-1).view(np.int32))
+        places = torch.from_numpy(part.reshape(-1).astype(np.uint32, copy=False).view(np.int32))
         found = torch.index_select(signed, 0, places).numpy().view(table.dtype)
         out[t, z : z + n_planes] = found.reshape(part.shape)
 

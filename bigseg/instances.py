@@ -82,12 +82,13 @@ def components(
     dims: int,
     connectivity: int,
     link: Literal["z", "t"] | None = None,
-) -> tuple[NDArray[np.uint32], int]:
+) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
     """The connected components of `mask` (t, z, y, x), numbered 1..n by their first voxels.
 
     Neighbours differ by one along up to `connectivity` of the `dims` last axes, or along `link`
     alone. The order of first voxels is that of the array in memory (raster order). Returns the
-    numbers, 0 where the mask is not, and n.
+    numbers, 0 where the mask is not, and n; of type uint16 where that surely holds them, which
+    takes half of the time to write and read again, else uint32.
     """
     if not mask.size:
         return np.zeros(mask.shape, np.uint32), 0
@@ -99,7 +100,9 @@ def components(
     return ids, n
 
 
-def _label(stack: NDArray[np.uint8], neighbours: Neighbours) -> tuple[NDArray[np.uint32], int]:
+def _label(
+    stack: NDArray[np.uint8], neighbours: Neighbours
+) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
     """The components of each part of the stack, and how many there are in all."""
     n_parts, length, *others = stack.shape
     if n_parts > 1:
@@ -111,13 +114,12 @@ def _label(stack: NDArray[np.uint8], neighbours: Neighbours) -> tuple[NDArray[np
     # Numbers, not truth: there cc3d 4.1.1 takes other ways, which fail on arrays one voxel across
     # (RuntimeError with 26 neighbours, background in components with 8).
     ids, n = cc3d.connected_components(
-        rows.reshape(-1, *others), connectivity=neighbours, out_dtype=np.uint32, return_N=True
+        rows.reshape(-1, *others), connectivity=neighbours, return_N=True
     )
-    found = ids.reshape(rows.shape)[:, :length].astype(np.uint32, order="C", copy=False)
-    return found, n
+    return np.ascontiguousarray(ids.reshape(rows.shape)[:, :length]), n
 
 
-def in_raster_order(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def in_raster_order(ids: NDArray[Unsigned]) -> NDArray[Unsigned]:
     """The same components, numbered by their first voxels; `ids` itself where it is so already.
 
     cc3d numbers like this, but does not promise it.
@@ -126,13 +128,13 @@ def in_raster_order(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
     if n == len(places):
         return ids
     known, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    numbers = np.zeros(len(known), np.uint32)
+    numbers = np.zeros(len(known), ids.dtype)
     real = np.flatnonzero(known)
     numbers[real[np.argsort(first[real])]] = np.arange(1, len(real) + 1)
     return numbers[inverse.reshape(ids.shape)]
 
 
-def _joined(ids: NDArray[np.uint32], n: int, *, axis: int) -> tuple[NDArray[np.uint32], int]:
+def _joined(ids: NDArray[Unsigned], n: int, *, axis: int) -> tuple[NDArray[np.uint32], int]:
     """Components that follow each other along `axis` become one, numbered by the first of them."""
     a, b = _overlaps(ids, axis)
     edges = sparse.coo_array((np.ones(len(a), np.uint8), (a, b)), shape=(n + 1, n + 1))
@@ -144,7 +146,7 @@ def _joined(ids: NDArray[np.uint32], n: int, *, axis: int) -> tuple[NDArray[np.u
     return numbers[group][ids], n_joined - 1
 
 
-def _overlaps(ids: NDArray[np.uint32], axis: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _overlaps(ids: NDArray[Unsigned], axis: int) -> tuple[NDArray[Unsigned], NDArray[Unsigned]]:
     """Pairs of ids (two arrays) that follow each other along `axis`, some more than once."""
     first, second = [ids[:0, 0, 0, 0]], [ids[:0, 0, 0, 0]]
     for a, b in itertools.pairwise(np.moveaxis(ids, axis, 0)):
@@ -173,7 +175,7 @@ def fill_holes(labels: NDArray[Unsigned], *, dims: int) -> NDArray[Unsigned]:
 
 
 def owners_of(
-    holes: NDArray[np.uint32],
+    holes: NDArray[np.unsignedinteger[Any]],
     n_holes: int,
     labels: NDArray[Any],
     *,

@@ -137,7 +137,7 @@ class _Seeds:
     Of those in `doubt` the array does not tell: they are too small in it, and go on beyond it.
     """
 
-    ids: NDArray[np.uint32]
+    ids: NDArray[np.unsignedinteger[Any]]
     counts: NDArray[np.bool_]
     doubt: NDArray[np.bool_]
 

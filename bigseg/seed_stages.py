@@ -71,7 +71,7 @@ class SeedsStage(ThreadStage):
         self._files = BlockFiles.of(plan, SEEDS)
         self._adjacency = adjacency_of(plan, SEEDS)
 
-    def read(self, block: Block) -> NDArray[np.uint32]:
+    def read(self, block: Block) -> NDArray[np.unsignedinteger[Any]]:
         """The ids (t, z, y, x) of the core inside the plan's region."""
         core = self._parts[block.index].core
         margin = self._steps.reach_vox(self._rule.erode)
@@ -87,7 +87,7 @@ class SeedsStage(ThreadStage):
         )
         return ids
 
-    def write(self, block: Block, result: NDArray[np.uint32]) -> int:
+    def write(self, block: Block, result: NDArray[np.unsignedinteger[Any]]) -> int:
         """Write the ids and the file of the block."""
         core = self._parts[block.index].core
         found = describe(
@@ -97,10 +97,11 @@ class SeedsStage(ThreadStage):
             axes=self._adjacency.axes,
             sized=self._rule.min_size > 1,
         )
-        self._ids.write(block.core, widened(result, core, block.core)[np.newaxis])
+        ids = result.astype(np.uint32, copy=False)
+        self._ids.write(block.core, widened(ids, core, block.core)[np.newaxis])
         data = found.to_bytes()
         self._files.write(block.index, data)
-        self.written.add(result.nbytes + len(data))
+        self.written.add(ids.nbytes + len(data))
         return checksum_of(data)
 
 

@@ -229,16 +229,16 @@ def _sizes_to_try(parts: Sequence[Judged], rule: InstanceRule) -> list[int]:
     return [size for size in SIZES if size == 1 or 2 * size <= small]
 
 
-def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.uint32]:
+def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.unsignedinteger[Any]]:
     inside = (codes_of(part.probabilities, rule) & INSIDE_BIT) != 0
     eroded = erode(inside, rule.erode, part.steps)
     seeds, n = components(eroded, dims=part.dims, connectivity=rule.connectivity)
     large = np.bincount(seeds.ravel(), minlength=n + 1) >= rule.min_size
-    return np.where(large[seeds], seeds, np.uint32(0))
+    return np.where(large[seeds], seeds, seeds.dtype.type(0))
 
 
 def _tables(
-    part: Judged, seeds: NDArray[np.uint32], rule: InstanceRule, growths: Sequence[int]
+    part: Judged, seeds: NDArray[np.unsignedinteger[Any]], rule: InstanceRule, growths: Sequence[int]
 ) -> list[Contingency]:
     """Objects against truth after each of `growths`, which ascend."""
     foreground = (codes_of(part.probabilities, rule) & FOREGROUND_BIT) != 0
@@ -249,7 +249,7 @@ def _tables(
 
 
 def _grown(
-    seeds: NDArray[np.uint32], foreground: NDArray[np.bool_], growths: Sequence[int], steps: Steps
+    seeds: NDArray[np.unsignedinteger[Any]], foreground: NDArray[np.bool_], growths: Sequence[int], steps: Steps
 ) -> Iterator[NDArray[np.uint32]]:
     """The seeds grown by each number of steps.
 

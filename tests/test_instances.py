@@ -108,7 +108,7 @@ def test_components_are_connected_and_numbered_by_their_first_voxels(mask, neigh
     given_mask = mask.copy()
     ids, n = components(mask, **neighbourhood)
     np.testing.assert_array_equal(mask, given_mask)
-    assert ids.dtype == np.uint32
+    assert ids.dtype in (np.uint16, np.uint32)
     expected, n_expected = components_by_brute_force(mask, **neighbourhood)
     np.testing.assert_array_equal(ids, expected)
     assert n == n_expected
@@ -151,6 +151,21 @@ def test_as_many_components_as_there_can_be_are_found(connectivity):
     if connectivity == 3:
         where = np.all(np.indices((1, 9, 9, 9))[1:] % 2 == 0, axis=0)
     assert components(where, dims=3, connectivity=connectivity)[1] == where.sum()
+
+
+@pytest.mark.parametrize("side", [50, 54])
+def test_ids_take_two_bytes_where_these_hold_them(side):
+    # Every other voxel: 62,500 components, and more than two bytes hold.
+    mask = np.indices((1, 50, 50, side)).sum(axis=0) % 2 == 0
+    for dims, connectivity in ((3, 1), (2, 1)):
+        ids, n = components(mask, dims=dims, connectivity=connectivity)
+        assert n == mask.sum()
+        np.testing.assert_array_equal(ids[mask], np.arange(1, n + 1))
+        assert not ids[~mask].any()
+        if n > np.iinfo(np.uint16).max:
+            assert ids.dtype == np.uint32
+    few = np.ones_like(mask)
+    assert components(few, dims=3, connectivity=1)[0].dtype == np.uint16
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 3, 3), (1, 0, 3, 3), (1, 2, 0, 3), (1, 2, 3, 0)])

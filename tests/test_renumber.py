@@ -17,7 +17,8 @@ def numbers_and_ids(draw):
     dtype = np.dtype(draw(st.sampled_from(["u1", "u2", "u4", "u8"])))
     values = st.integers(0, np.iinfo(dtype).max)
     numbers = draw(arrays(dtype, st.integers(0, 6), elements=values))
-    ids = draw(arrays(np.uint32, draw(shapes), elements=st.integers(0, len(numbers))))
+    id_type = draw(st.sampled_from([np.uint16, np.uint32]))
+    ids = draw(arrays(id_type, draw(shapes), elements=st.integers(0, len(numbers))))
     return numbers, ids
 
 
