@@ -8,9 +8,10 @@ The volume is a mask of smoothed noise in shared memory. bigseg's way, in the st
 functions of `bigseg segment`, by two processes: the components of every block by itself, their ids
 and outermost planes left in shared memory instead of scratch space; the pairs of every block and
 its neighbours; numbers; and the numbers written into one volume of the smallest type that holds
-them all. cc3d labels the whole with one thread, into the type that it finds safe. dask-image and igneous (its stages for components, on a precomputed volume of its own in
-memory) run as their users run them, where a Python that has them is given. Ours is compared voxel
-by voxel with cc3d's, numbered anew.
+them all. cc3d labels the whole with one thread, into the type that it finds safe. dask-image and
+igneous (its stages for components, on a precomputed volume of its own in memory) run as their users
+run them, where a Python that has them is given. Ours is compared voxel by voxel with cc3d's,
+numbered anew.
 """
 
 from __future__ import annotations

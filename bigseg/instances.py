@@ -131,7 +131,8 @@ def in_raster_order(ids: NDArray[Unsigned]) -> NDArray[Unsigned]:
     numbers = np.zeros(len(known), ids.dtype)
     real = np.flatnonzero(known)
     numbers[real[np.argsort(first[real])]] = np.arange(1, len(real) + 1)
-    return numbers[inverse.reshape(ids.shape)]
+    in_order: NDArray[Unsigned] = numbers[inverse.reshape(ids.shape)]
+    return in_order
 
 
 def _joined(ids: NDArray[Unsigned], n: int, *, axis: int) -> tuple[NDArray[np.uint32], int]:
@@ -171,7 +172,8 @@ def fill_holes(labels: NDArray[Unsigned], *, dims: int) -> NDArray[Unsigned]:
     owners = owners_of(holes, n, labels, dims=dims, ends=ends)
     fillings = np.zeros(n + 1, labels.dtype)
     fillings[1:] = np.where(owners == SEVERAL, NOBODY, owners)
-    return labels + fillings[holes]
+    filled: NDArray[Unsigned] = labels + fillings[holes]
+    return filled
 
 
 def owners_of(

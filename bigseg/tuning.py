@@ -1,21 +1,26 @@
-"""Which rule makes the best objects of the probabilities of a network: tried on what is held out.
+"""Which rule makes the best objects of the probabilities of a network: tried on what is annotated.
 
     probabilities ──threshold, erode, size──> seeds ──grow in foreground──> objects ──> score
                        (coarse, then fine around the best)       (every growth)
 
-The score is the mean of two: the average precision at IoU 0.5 to 0.9, which counts objects, and 1
-minus the Rand error of all voxels, which counts pairs. (The adapted Rand error looks only where the
-truth is an object: outlines that are too wide cost nothing in it.) Where most is background, all
-rules have nearly the same Rand error; where objects fill the space, few of them are met whole, and
-it is the Rand error that sees whether large ones run together, and what growth has not reached. It
-knows arrays, and neither networks nor volumes.
+What is held out counts half, what was learnt the other half. Few objects are held out, and one
+image of them can ask for a rule that does not suit the others; what the network learnt says more,
+or, where it knows that by heart, the same of all rules that are any good.
+
+The score of either is the mean of two: the average precision at IoU 0.5 to 0.9, which counts
+objects, and 1 minus the Rand error of all voxels, which counts pairs. (The adapted Rand error looks
+only where the truth is an object: outlines that are too wide cost nothing in it.) Where most is
+background, all rules have nearly the same Rand error; where objects fill the space, few of them are
+met whole, and it is the Rand error that sees whether large ones run together, and what growth has
+not reached. It knows arrays, and neither networks nor volumes.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -50,15 +55,17 @@ PLATEAU = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A held-out region: what the network says of it, and what is true.
+    """An annotated region: what the network says of it, and what is true.
 
     `probabilities` (classes, t, z, y, x) in 255ths; `objects` (t, z, y, x) numbered from 1, 0 for
-    background, IGNORE where not annotated; `voxel_size` along the axes that the network sees.
+    background, IGNORE where not held out or not annotated; `voxel_size` along the axes that the
+    network sees. `learnt` are the objects of what was learnt, in the same way; None for nothing.
     """
 
     probabilities: NDArray[np.uint8]
     objects: NDArray[np.int64]
     voxel_size: tuple[float, ...]
+    learnt: NDArray[np.int64] | None = None
 
     @property
     def dims(self) -> int:
@@ -70,35 +77,52 @@ class Judged:
         """How seeds shrink and grow."""
         return Steps.of(self.voxel_size)
 
-    @property
+    @cached_property
     def n_objects(self) -> int:
-        """The number of true objects."""
-        return max(0, int(self.objects.max(initial=0)))
+        """The number of true objects that are held out."""
+        return _count(self.objects)
+
+    @cached_property
+    def n_learnt(self) -> int:
+        """The number of true objects that were learnt."""
+        return 0 if self.learnt is None else _count(self.learnt)
+
+
+def _count(objects: NDArray[np.int64]) -> int:
+    return int(np.count_nonzero(np.bincount(objects[objects > 0])))
 
 
 @dataclass(frozen=True)
 class RuleScore:
     """How well a rule does: `average_precision` at IoU 0.5 to 0.9, `rand_error`, both 0 to 1.
 
-    `rand_error` is that of `metrics.rand_error`.
+    `rand_error` is that of `metrics.rand_error`. They are those of the `n_objects` held out;
+    `learnt_score` is that of the `n_learnt` learnt ones, None where these are too few.
     """
 
     average_precision: float
     rand_error: float
     n_objects: int
+    learnt_score: float | None = None
+    n_learnt: int = 0
 
     @property
     def score(self) -> float:
         """What rules are chosen by, 0 to 1."""
-        return (self.average_precision + 1 - self.rand_error) / 2
+        held_out = _score(self.average_precision, self.rand_error)
+        return held_out if self.learnt_score is None else (held_out + self.learnt_score) / 2
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the card of a model."""
         return {"score": self.score, **asdict(self)}
 
 
+def _score(average_precision: float, rand_error: float) -> float:
+    return (average_precision + 1 - rand_error) / 2
+
+
 def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | None:
-    """The rule with the best score over all regions; None for fewer than three true objects.
+    """The rule with the best score over all regions; None for fewer than three held-out objects.
 
     The same regions give the same rule. Of rules that are equally good the middle one is taken, of
     smallest seeds the smallest, and none above half of what finds small objects here.
@@ -121,6 +145,10 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     # Of sizes that are equally good the smallest: small objects may be missing here by chance.
     best = min((r for r, of in found.items() if of.score >= enough), key=lambda r: r.min_size)
     return best, found[best]
+
+
+_Tables: TypeAlias = "tuple[Contingency, Contingency]"
+"""Found against true objects: held out, and learnt."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +248,9 @@ def _sizes_to_try(parts: Sequence[Judged], rule: InstanceRule) -> list[int]:
     finders = [np.zeros(0, np.int64)]
     for part in parts:
         seeds = _seeds(part, rule)
-        for table in _tables(part, seeds, rule, [rule.grow]):
-            finders.append(np.bincount(seeds.ravel())[met_objects(table)])
+        sizes_of = np.bincount(seeds.ravel())
+        for tables in _tables(part, seeds, rule, [rule.grow]):
+            finders += [sizes_of[met_objects(table)] for table in tables]
     sizes = np.concatenate(finders)
     if not len(sizes):
         return [1]
@@ -238,19 +267,31 @@ def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.unsignedinteger[Any]]
 
 
 def _tables(
-    part: Judged, seeds: NDArray[np.unsignedinteger[Any]], rule: InstanceRule, growths: Sequence[int]
-) -> list[Contingency]:
-    """Objects against truth after each of `growths`, which ascend."""
+    part: Judged,
+    seeds: NDArray[np.unsignedinteger[Any]],
+    rule: InstanceRule,
+    growths: Sequence[int],
+) -> list[_Tables]:
+    """Objects against truth, held out and learnt, after each of `growths`, which ascend."""
     foreground = (codes_of(part.probabilities, rule) & FOREGROUND_BIT) != 0
     return [
-        Contingency.of(labels, part.objects, ignore_truth=IGNORE)
+        (_against(part.objects, labels), _against(part.learnt, labels))
         for labels in _grown(seeds, foreground, growths, part.steps)
     ]
 
 
+def _against(truth: NDArray[np.int64] | None, labels: NDArray[Any]) -> Contingency:
+    if truth is None:
+        return Contingency.empty()
+    return Contingency.of(labels, truth, ignore_truth=IGNORE)
+
+
 def _grown(
-    seeds: NDArray[np.unsignedinteger[Any]], foreground: NDArray[np.bool_], growths: Sequence[int], steps: Steps
-) -> Iterator[NDArray[np.uint32]]:
+    seeds: NDArray[np.unsignedinteger[Any]],
+    foreground: NDArray[np.bool_],
+    growths: Sequence[int],
+    steps: Steps,
+) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
     """The seeds grown by each number of steps.
 
     Steps repeat, mostly every second one: then growing goes on from what has been grown already.
@@ -266,15 +307,24 @@ def _grown(
         yield result
 
 
-def _judge(parts: Sequence[Judged], tables: Sequence[Contingency]) -> RuleScore:
+def _judge(parts: Sequence[Judged], tables: Sequence[_Tables]) -> RuleScore:
     """The scores of all regions together; their objects are different ones."""
-    table = disjoint_union(tables)
-    precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
+    held_out, learnt = (disjoint_union(column) for column in zip(*tables, strict=True))
+    n_learnt = sum(part.n_learnt for part in parts)
+    precision, error = _scores(held_out)
     return RuleScore(
-        average_precision=float(np.mean(precision)),
-        rand_error=rand_error(table),
+        average_precision=precision,
+        rand_error=error,
         n_objects=sum(part.n_objects for part in parts),
+        learnt_score=_score(*_scores(learnt)) if n_learnt >= FEWEST_OBJECTS else None,
+        n_learnt=n_learnt,
     )
+
+
+def _scores(table: Contingency) -> tuple[float, float]:
+    """Average precision and Rand error."""
+    precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
+    return float(np.mean(precision)), rand_error(table)
 
 
 def _middle_of_plateau(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.annotations import VALIDATION_VOXELS
+from bigseg.annotations import VALIDATION_VOXELS, judged
 from bigseg.blocks import Region
 from bigseg.cost import default_tile, forward_bytes
 from bigseg.engine import torch_forward
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TILE_BYTES = 512 << 20
 # The rule of instances is tried on so many voxels with their surroundings, once, in the end.
 SURROUNDINGS_VOXELS = 2 * VALIDATION_VOXELS
+_NOWHERE = Region.of_shape((0, 0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,49 @@ def validate(net: UNet, recipe: Recipe, *, device: torch.device) -> Validation:
 
 
 def judged_objects(net: UNet, recipe: Recipe, *, device: torch.device) -> list[Judged]:
-    """What `net` says of the held-out regions, and their true objects; for task instances."""
-    forward = _forward(net, recipe, device)
-    found = []
-    for source, region in recipe.validated:
-        annotated, dims = recipe.open(source), recipe.card.spec.dims
-        seen = _surroundings(source, region, dims, n_images=len(recipe.validated))
-        probabilities = _predict(recipe, source, annotated, seen, forward)
+    """What `net` says of held-out and learnt regions, and their true objects; for task instances.
+
+    Learnt ones are what is in sight of the held-out ones; of the images that have none there, as
+    much as is validated on at most.
+    """
+    forward, dims = _forward(net, recipe, device), recipe.card.spec.dims
+    n_images = len(recipe.validated)
+    places = [
+        (source, region, _surroundings(source, region, dims, n_images=n_images))
+        for source, region in recipe.validated
+    ]
+    in_sight = {source.url for source, _, seen in places if _learns_in(source, seen)}
+    others = [source for source in recipe.sources if source.url not in in_sight]
+    learnt = zip(others, judged([source.train for source in others]), strict=True)
+    places += [(source, _NOWHERE, seen) for source, seen in learnt if _learns_in(source, seen)]
+    return [_judged(recipe, *place, forward) for place in places]
+
+
+def _learns_in(source: SourceRecipe, region: Region) -> bool:
+    trained = region.intersect(source.train)
+    return trained.n_voxels > trained.intersect(source.val).n_voxels
+
+
+def _judged(
+    recipe: Recipe, source: SourceRecipe, held_out: Region, seen: Region, forward: Forward
+) -> Judged:
+    annotated, dims = recipe.open(source), recipe.card.spec.dims
+
+    def objects_in(region: Region) -> NDArray[np.int64]:
         objects = np.full(seen.shape, IGNORE, np.int64)
-        here = region.relative_to(seen.start).slices
-        objects[here] = annotated.objects(region, dims=dims)
-        size = annotated.voxel_size[-dims:]
-        found.append(Judged(_in_255ths(probabilities), objects, size))
-    return found
+        if region.n_voxels:
+            here = region.relative_to(seen.start).slices
+            objects[here] = annotated.objects(region, dims=dims)
+        return objects
+
+    learnt = objects_in(seen.intersect(source.train))
+    learnt[seen.intersect(source.val).relative_to(seen.start).slices] = IGNORE
+    return Judged(
+        probabilities=_in_255ths(_predict(recipe, source, annotated, seen, forward)),
+        objects=objects_in(held_out),
+        voxel_size=annotated.voxel_size[-dims:],
+        learnt=learnt,
+    )
 
 
 def _surroundings(source: SourceRecipe, region: Region, dims: int, *, n_images: int) -> Region:

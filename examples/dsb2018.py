@@ -32,8 +32,8 @@ patch: [192, 192]
 batch: 2
 optim: {lr: 3.0e-3}
 loss: {dice: 0.5, balance: true, weight_map: {w0: 10, sigma_um: 3.0, where: gaps}}
-augment: {rotate_degrees: 0, scale: 0, elastic_vox: 0, noise: 0.02, blur_vox: 0.4}
-val_every: 1000
+augment: {rotate_degrees: 0, scale: 0, elastic_vox: 0, noise: 0, blur_vox: 0}
+val_every: 3500
 """
 
 

@@ -1,5 +1,7 @@
 """Training for instances: the rule that makes objects is chosen, and nothing else changes."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from bigseg.annotations import open_annotated
 from bigseg.blocks import Region
 from bigseg.checkpoint import load_model, read_card
 from bigseg.config import NormConstants, TrainConfig
-from bigseg.recipe import SourceRecipe
+from bigseg.model import UNet
+from bigseg.recipe import SourceRecipe, make_recipe
 from bigseg.rules import InstanceRule
 from bigseg.runs import RunFiles, stored_run
+from bigseg.targets import IGNORE
 from bigseg.tuning import choose_rule
 from bigseg.validation import (
     SURROUNDINGS_VOXELS,
@@ -55,6 +59,59 @@ def test_the_rule_is_judged_with_what_surrounds_the_held_out_region():
     assert held_out.n_voxels < seen.n_voxels <= SURROUNDINGS_VOXELS // 50
 
 
+@pytest.mark.parametrize(
+    ("shape", "dims", "settings"),
+    [
+        ((12, 30, 26), 3, {}),
+        ((12, 30, 26), 2, {}),
+        ((12, 30, 26), 3, {"val_region": "0:12,10:20,0:26"}),
+        ((12, 30, 26), 2, {"region": "0:8,0:30,0:26", "val_region": "6:11,4:20,5:26"}),
+        ((30, 26), 2, {}),
+        ((30, 26), 2, {"val_images": 1}),
+        ((12, 30, 26), 3, {"val_images": 1}),
+    ],
+)
+def test_the_rule_is_judged_by_all_that_is_annotated(tmp_path, shape, dims, settings):
+    urls = []
+    for seed in (1, 2):
+        image, labels = blobs(shape, seed=seed, n=20)
+        urls.append(
+            write_annotated(str(tmp_path / f"{seed}.zarr"), image, labels, "zyx"[-len(shape) :])
+        )
+    settings = dict(settings)
+    n_val = settings.pop("val_images", 0)
+    config = objects_config(
+        urls[0],
+        images=urls[n_val:],
+        val_images=urls[:n_val],
+        dims=dims,
+        patch=(12,) * dims,
+        **settings,
+    )
+    recipe = make_recipe(config, device="cpu")
+    parts = judged_objects(UNet(recipe.card.spec), recipe, device=torch.device("cpu"))
+    true = {"held out": Counter(), "learnt": Counter()}
+    found = {"held out": Counter(), "learnt": Counter()}
+    for source in recipe.sources:
+        labels = recipe.open(source).read_labels(Region.of_shape(source.shape))
+        learnt = np.zeros(labels.shape, bool)
+        learnt[source.train.slices] = True
+        learnt[source.val.slices] = False
+        if "region" in settings:
+            # Other planes than those validated on are not in sight of a 2-D network.
+            learnt[:, :6] = False
+        true["held out"].update(labels[source.val.slices].ravel().tolist())
+        true["learnt"].update(labels[learnt].tolist())
+    for part in parts:
+        assert part.learnt is not None
+        assert not ((part.objects != IGNORE) & (part.learnt != IGNORE)).any()
+        found["held out"].update((part.objects[part.objects != IGNORE] > 0).tolist())
+        found["learnt"].update((part.learnt[part.learnt != IGNORE] > 0).tolist())
+    for kind, values in true.items():
+        n_objects = sum(n for value, n in values.items() if value)
+        assert found[kind] == {True: n_objects, False: values[0]}, kind
+
+
 def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_path):
     config = objects_config(cells_url, steps=60, val_every=30, batch=4)
     result = here(config, tmp_path / "run")
@@ -63,15 +120,18 @@ def test_training_ends_with_the_rule_that_makes_the_best_objects(cells_url, tmp_
     parts = judged_objects(net, recipe, device=torch.device("cpu"))
     rule, score = choose_rule(parts)
     assert (card.instances, card.trained["instances"]) == (rule, score.as_dict())
-    labels = open_annotated(cells_url, config).read_labels(recipe.sources[0].val)
-    assert score.n_objects == sum(len(np.unique(plane)) - 1 for plane in labels[0])
+    for n, region in (
+        (score.n_objects, recipe.sources[0].val),
+        (score.n_learnt, recipe.sources[0].train),
+    ):
+        labels = open_annotated(cells_url, config).read_labels(region)
+        assert n == sum(len(np.unique(plane)) - 1 for plane in labels[0])
     assert score.score > 0.5
     assert result.instances == (
         f"objects: threshold {rule.threshold:g}, erode {rule.erode}, grow {rule.grow}, foreground "
         f"{rule.foreground:g}, seeds of at least {rule.min_size} voxels; chosen on "
-        f"{score.n_objects} held-out objects, of which it makes mean AP "
-        f"{score.average_precision:.4f}, Rand error "
-        f"{score.rand_error:.4f}"
+        f"{score.n_objects} held-out and {score.n_learnt} learnt objects; mean AP of the held-out "
+        f"ones {score.average_precision:.4f}, Rand error {score.rand_error:.4f}"
     )
     # The same network without its rule: nothing but the card differs.
     best, before = load_model(RunFiles(str(tmp_path / "run")).best)

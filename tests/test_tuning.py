@@ -1,5 +1,8 @@
 """Choosing a rule: its score is that of the whole algorithm, and no rule tried is better."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +77,37 @@ def test_the_score_is_that_of_the_definition_and_no_coarse_rule_is_better(voxel_
             # Each of three choices may take the middle of a plateau.
             assert (precision + 1 - error) / 2 <= score.score + 3 * tuning.PLATEAU
     assert choose_rule(parts) == (rule, score)
+
+
+def test_what_was_learnt_counts_as_much_as_what_is_held_out():
+    part = part_of((1, 1, 60, 96), 40, noise=11)
+    held_out, learnt = part.objects.copy(), part.objects.copy()
+    held_out[..., 32:] = IGNORE
+    learnt[..., :32] = IGNORE
+
+    def score_of(rule, objects):
+        precision, error = by_definition([replace(part, objects=objects)], rule)
+        return (precision + 1 - error) / 2
+
+    rule, score = choose_rule([replace(part, objects=held_out, learnt=learnt)])
+    assert score.n_objects == len(np.unique(held_out[held_out > 0]))
+    assert score.n_learnt == len(np.unique(learnt[learnt > 0])) > score.n_objects
+    assert score.learnt_score == score_of(rule, learnt)
+    assert score.score == (score_of(rule, held_out) + score_of(rule, learnt)) / 2
+    for threshold, erode, grow_by in itertools.product((0.3, 0.5, 0.9), (0, 1), (1, 2, 4)):
+        other = InstanceRule(threshold=threshold, erode=erode, grow=grow_by)
+        both = (score_of(other, held_out) + score_of(other, learnt)) / 2
+        assert both <= score.score + 3 * tuning.PLATEAU
+
+
+def test_two_learnt_objects_are_too_few_to_count():
+    part = part_of((1, 1, 60, 90), 30, noise=8)
+    numbers = np.unique(part.objects)[-2:]
+    learnt = np.where(np.isin(part.objects, numbers), part.objects, IGNORE)
+    rule, score = choose_rule([replace(part, learnt=learnt)])
+    alone, score_alone = choose_rule([part])
+    assert (score.learnt_score, score.n_learnt) == (None, 2)
+    assert (rule, score.score) == (alone, score_alone.score)
 
 
 def test_specks_that_are_no_objects_are_told_from_them_by_their_size():
@@ -248,10 +282,12 @@ def test_of_equal_rules_the_middle_one_is_taken():
 
 
 def test_the_numbers_of_the_card_are_plain():
-    score = RuleScore(0.75, 0.25, 12)
+    score = RuleScore(0.75, 0.25, 12, learnt_score=0.5, n_learnt=40)
     assert score.as_dict() == {
-        "score": 0.75,
+        "score": 0.625,
         "average_precision": 0.75,
         "rand_error": 0.25,
         "n_objects": 12,
+        "learnt_score": 0.5,
+        "n_learnt": 40,
     }
