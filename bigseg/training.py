@@ -310,7 +310,7 @@ class _Trainer:
         save_model(self.files.model, net, card)
 
     def _with_rule(self, net: UNet, card: ModelCard) -> ModelCard:
-        """The card with the rule that makes the best objects of the held-out regions."""
+        """The card with the rule that makes the best objects of what is annotated."""
         logger.info("choosing the rule that makes objects of probabilities")
         choice = choose_rule(judged_objects(net, self.recipe, device=self.runtime.device))
         if choice is None:
