@@ -174,13 +174,13 @@ def beginnings(ids: NDArray[Unsigned]) -> tuple[NDArray[np.int64], int]:
     if not ids.size:
         return np.zeros(0, np.int64), 0
     n_rows, length = (1, *ids.shape)[-2:]
-    planes = ids.reshape(-1, n_rows, length)
+    planes = np.ascontiguousarray(ids).reshape(-1, n_rows, length)
     # Only planes that raise the highest id are looked into, and in these only such rows: the
     # highest of a plane takes a fraction of what those of its rows take.
     plane, _ = _rises(planes.reshape(len(planes), -1).max(axis=1))
     place, before = _rises(planes[plane].max(axis=2).reshape(-1))
     row = plane[place // n_rows] * n_rows + place % n_rows
-    values = ids.reshape(-1, length)[row]
+    values = planes.reshape(-1, length)[row]
     which, column = np.nonzero(values > before[:, np.newaxis])
     so_far = np.maximum.accumulate(values[which, column])
     is_first = np.diff(so_far, prepend=ids.dtype.type(0)) > 0

@@ -205,7 +205,8 @@ def _rule_in_words(card: ModelCard) -> str | None:
     if found is None:
         return f"{words} (the defaults: too few objects to choose by)"
     # Models of before do not say what was learnt.
-    learnt = f" and {n} learnt" if (n := found.get("n_learnt")) else ""
+    counts_learnt = found.get("learnt_score") is not None
+    learnt = f" and {found['n_learnt']} learnt" if counts_learnt else ""
     return (
         f"{words}; chosen on {found['n_objects']} held-out{learnt} objects; mean AP of the "
         f"held-out ones {found['average_precision']:.4f}, Rand error {found['rand_error']:.4f}"

@@ -59,11 +59,11 @@ class Judged:
 
     `probabilities` (classes, t, z, y, x) in 255ths; `objects` (t, z, y, x) numbered from 1, 0 for
     background, IGNORE where not held out or not annotated; `voxel_size` along the axes that the
-    network sees. `learnt` are the objects of what was learnt, in the same way; None for nothing.
+    network sees. `learnt` are the objects of what was learnt, in the same way. Either may be None.
     """
 
     probabilities: NDArray[np.uint8]
-    objects: NDArray[np.int64]
+    objects: NDArray[np.int64] | None
     voxel_size: tuple[float, ...]
     learnt: NDArray[np.int64] | None = None
 
@@ -80,7 +80,7 @@ class Judged:
     @cached_property
     def n_objects(self) -> int:
         """The number of true objects that are held out."""
-        return _count(self.objects)
+        return 0 if self.objects is None else _count(self.objects)
 
     @cached_property
     def n_learnt(self) -> int:
@@ -140,8 +140,11 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     best = _beyond_the_grid(parts, _middle_of_plateau(found))
     found = _try(parts, replace(_Grid.of(best), sizes=_sizes_to_try(parts, best)))
     # What one object more or less makes of the score says nothing about the next volume.
-    tolerance = max(PLATEAU, 0.5 / sum(part.n_objects for part in parts))
-    enough = max(of.score for of in found.values()) - tolerance
+    of_best = found[best]
+    one_object = 0.5 / of_best.n_objects
+    if of_best.learnt_score is not None:
+        one_object = 0.25 / min(of_best.n_objects, of_best.n_learnt)
+    enough = max(of.score for of in found.values()) - max(PLATEAU, one_object)
     # Of sizes that are equally good the smallest: small objects may be missing here by chance.
     best = min((r for r, of in found.items() if of.score >= enough), key=lambda r: r.min_size)
     return best, found[best]

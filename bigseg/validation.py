@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bigseg.annotations import VALIDATION_VOXELS, judged
+from bigseg.annotations import VALIDATION_VOXELS, middle
 from bigseg.blocks import Region
 from bigseg.cost import default_tile, forward_bytes
 from bigseg.engine import torch_forward
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 TILE_BYTES = 512 << 20
 # The rule of instances is tried on so many voxels with their surroundings, once, in the end.
 SURROUNDINGS_VOXELS = 2 * VALIDATION_VOXELS
+# Objects of smaller boxes are mostly cut.
+LEAST_BOX_VOXELS = 1 << 18
 _NOWHERE = Region.of_shape((0, 0, 0, 0))
 
 
@@ -79,46 +81,74 @@ def validate(net: UNet, recipe: Recipe, *, device: torch.device) -> Validation:
 def judged_objects(net: UNet, recipe: Recipe, *, device: torch.device) -> list[Judged]:
     """What `net` says of held-out and learnt regions, and their true objects; for task instances.
 
-    Learnt ones are what is in sight of the held-out ones; of the images that have none there, as
-    much as is validated on at most.
+    Learnt is what surrounds a held-out region where that is as much again; else, and of images
+    without a held-out region, a box of each image or of some, as much as is validated on at most.
     """
     forward, dims = _forward(net, recipe, device), recipe.card.spec.dims
     n_images = len(recipe.validated)
-    places = [
-        (source, region, _surroundings(source, region, dims, n_images=n_images))
-        for source, region in recipe.validated
-    ]
-    in_sight = {source.url for source, _, seen in places if _learns_in(source, seen)}
+    places: list[tuple[SourceRecipe, Region, Region, Region]] = []
+    in_sight = set()
+    for source, held_out in recipe.validated:
+        seen = _surroundings(source, held_out, dims, n_images=n_images)
+        learnt = seen.intersect(source.train)
+        if learnt.n_voxels - learnt.intersect(source.val).n_voxels >= held_out.n_voxels:
+            in_sight.add(source.url)
+            places.append((source, seen, held_out, learnt))
+        else:
+            places.append((source, seen, held_out, _NOWHERE))
     others = [source for source in recipe.sources if source.url not in in_sight]
-    learnt = zip(others, judged([source.train for source in others]), strict=True)
-    places += [(source, _NOWHERE, seen) for source, seen in learnt if _learns_in(source, seen)]
+    places += [(source, seen, _NOWHERE, seen) for source, seen in _learnt_boxes(others)]
     return [_judged(recipe, *place, forward) for place in places]
 
 
-def _learns_in(source: SourceRecipe, region: Region) -> bool:
-    trained = region.intersect(source.train)
-    return trained.n_voxels > trained.intersect(source.val).n_voxels
+def _learnt_boxes(sources: Sequence[SourceRecipe]) -> list[tuple[SourceRecipe, Region]]:
+    """A box of each image where it is learnt, or of every second, third ... if that is too much."""
+    learnt = [(s, box) for s in sources if (box := _beside(s.train, s.val)).n_voxels]
+    at_most = max(LEAST_BOX_VOXELS, VALIDATION_VOXELS // max(1, len(learnt)))
+    boxes = [(source, middle(box, at_most=at_most)) for source, box in learnt]
+    n_voxels = sum(box.n_voxels for _, box in boxes)
+    return boxes[:: max(1, math.ceil(n_voxels / VALIDATION_VOXELS))]
+
+
+def _beside(region: Region, other: Region) -> Region:
+    """The largest box of the region that has nothing of the other."""
+    if not region.intersect(other).n_voxels:
+        return region
+    boxes = []
+    for axis, (first, stop) in enumerate(zip(other.start, other.stop, strict=True)):
+        for start, end in ((region.start[axis], first), (stop, region.stop[axis])):
+            lower, upper = list(region.start), list(region.stop)
+            lower[axis], upper[axis] = start, max(start, end)
+            boxes.append(Region(tuple(lower), tuple(upper)))
+    return max(boxes, key=lambda box: box.n_voxels)
 
 
 def _judged(
-    recipe: Recipe, source: SourceRecipe, held_out: Region, seen: Region, forward: Forward
+    recipe: Recipe,
+    source: SourceRecipe,
+    seen: Region,
+    held_out: Region,
+    learnt: Region,
+    forward: Forward,
 ) -> Judged:
+    """What is said of `seen`; `learnt` counts where it is not held out from training."""
     annotated, dims = recipe.open(source), recipe.card.spec.dims
 
-    def objects_in(region: Region) -> NDArray[np.int64]:
+    def objects_in(region: Region) -> NDArray[np.int64] | None:
+        if not region.n_voxels:
+            return None
         objects = np.full(seen.shape, IGNORE, np.int64)
-        if region.n_voxels:
-            here = region.relative_to(seen.start).slices
-            objects[here] = annotated.objects(region, dims=dims)
+        objects[region.relative_to(seen.start).slices] = annotated.objects(region, dims=dims)
         return objects
 
-    learnt = objects_in(seen.intersect(source.train))
-    learnt[seen.intersect(source.val).relative_to(seen.start).slices] = IGNORE
+    learnt_objects = objects_in(learnt)
+    if learnt_objects is not None:
+        learnt_objects[seen.intersect(source.val).relative_to(seen.start).slices] = IGNORE
     return Judged(
         probabilities=_in_255ths(_predict(recipe, source, annotated, seen, forward)),
         objects=objects_in(held_out),
         voxel_size=annotated.voxel_size[-dims:],
-        learnt=learnt,
+        learnt=learnt_objects,
     )
 
 

@@ -20,7 +20,10 @@ from bigseg.runs import RunFiles, stored_run
 from bigseg.targets import IGNORE
 from bigseg.tuning import choose_rule
 from bigseg.validation import (
+    LEAST_BOX_VOXELS,
     SURROUNDINGS_VOXELS,
+    VALIDATION_VOXELS,
+    _learnt_boxes,
     _surroundings,
     judged_objects,
 )
@@ -59,13 +62,48 @@ def test_the_rule_is_judged_with_what_surrounds_the_held_out_region():
     assert held_out.n_voxels < seen.n_voxels <= SURROUNDINGS_VOXELS // 50
 
 
+def source_of(shape, val_start, val_stop) -> SourceRecipe:
+    """An image that is learnt but for a box in it."""
+    return SourceRecipe(
+        url="a.zarr",
+        shape=shape,
+        train_start=(0, 0, 0, 0),
+        train_stop=shape,
+        val_start=val_start,
+        val_stop=val_stop,
+        constants=NormConstants(offset=(0.0,), scale=(1.0,)),
+        n_annotated=1,
+    )
+
+
+def test_a_box_that_is_learnt_lies_beside_what_is_held_out():
+    within = source_of((1, 400, 400, 400), (0, 80, 80, 70), (1, 320, 330, 310))
+    (_, box), *others = _learnt_boxes([within])
+    assert not others
+    assert not box.intersect(within.val).n_voxels
+    assert box.intersect(within.train) == box
+    assert VALIDATION_VOXELS // 2 < box.n_voxels <= VALIDATION_VOXELS
+    # The largest side is behind it along the last axis.
+    assert box.start[3] >= 310
+    assert _learnt_boxes([source_of((1, 9, 9, 9), (0, 0, 0, 0), (1, 9, 9, 9))]) == []
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 100, 5000])
+def test_boxes_of_many_images_are_not_too_small_and_not_too_many(n):
+    nowhere = (0, 0, 0, 0)
+    found = _learnt_boxes([source_of((1, 1, 600, 700), nowhere, nowhere)] * n)
+    n_voxels = sum(box.n_voxels for _, box in found)
+    assert min(n * 600 * 700, VALIDATION_VOXELS) / 2 < n_voxels <= VALIDATION_VOXELS
+    assert all(box.n_voxels > LEAST_BOX_VOXELS / 2 for _, box in found)
+
+
 @pytest.mark.parametrize(
     ("shape", "dims", "settings"),
     [
         ((12, 30, 26), 3, {}),
         ((12, 30, 26), 2, {}),
         ((12, 30, 26), 3, {"val_region": "0:12,10:20,0:26"}),
-        ((12, 30, 26), 2, {"region": "0:8,0:30,0:26", "val_region": "6:11,4:20,5:26"}),
+        ((12, 30, 26), 3, {"region": "0:12,0:30,0:20", "val_region": "6:11,4:20,5:26"}),
         ((30, 26), 2, {}),
         ((30, 26), 2, {"val_images": 1}),
         ((12, 30, 26), 3, {"val_images": 1}),
@@ -97,16 +135,15 @@ def test_the_rule_is_judged_by_all_that_is_annotated(tmp_path, shape, dims, sett
         learnt = np.zeros(labels.shape, bool)
         learnt[source.train.slices] = True
         learnt[source.val.slices] = False
-        if "region" in settings:
-            # Other planes than those validated on are not in sight of a 2-D network.
-            learnt[:, :6] = False
         true["held out"].update(labels[source.val.slices].ravel().tolist())
         true["learnt"].update(labels[learnt].tolist())
     for part in parts:
-        assert part.learnt is not None
-        assert not ((part.objects != IGNORE) & (part.learnt != IGNORE)).any()
-        found["held out"].update((part.objects[part.objects != IGNORE] > 0).tolist())
-        found["learnt"].update((part.learnt[part.learnt != IGNORE] > 0).tolist())
+        counted = np.zeros(part.probabilities.shape[1:], int)
+        for kind, objects in (("held out", part.objects), ("learnt", part.learnt)):
+            if objects is not None:
+                counted += objects != IGNORE
+                found[kind].update((objects[objects != IGNORE] > 0).tolist())
+        assert counted.max() == 1
     for kind, values in true.items():
         n_objects = sum(n for value, n in values.items() if value)
         assert found[kind] == {True: n_objects, False: values[0]}, kind
