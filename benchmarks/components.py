@@ -82,7 +82,7 @@ def main() -> None:
                 cc3d.connected_components, mask[0].view(np.uint8), connectivity=6
             )
             seconds["cc3d"].append(_timed(whole))
-            seconds["bigseg"].append(_timed(lambda: _blockwise(grid, pool.map)))
+            seconds["bigseg"].append(_timed(lambda: _blockwise(grid, functools.partial(pool.map, chunksize=4))))
             for name, time_s in _peers(options.peer_python, options.peers, mask).items():
                 seconds.setdefault(name, []).append(time_s)
     truth, n = components(mask, dims=3, connectivity=1)
