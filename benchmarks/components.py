@@ -82,10 +82,13 @@ def main() -> None:
                 cc3d.connected_components, mask[0].view(np.uint8), connectivity=6
             )
             seconds["cc3d"].append(_timed(whole))
-            seconds["bigseg"].append(_timed(lambda: _blockwise(grid, functools.partial(pool.map, chunksize=4))))
+            seconds["bigseg"].append(
+                _timed(lambda: _blockwise(grid, functools.partial(pool.map, chunksize=4)))
+            )
             for name, time_s in _peers(options.peer_python, options.peers, mask).items():
                 seconds.setdefault(name, []).append(time_s)
-    truth, n = components(mask, dims=3, connectivity=1)
+    truth, first = components(mask, dims=3, connectivity=1)
+    n = len(first)
     assert np.array_equal(_held_as("labels", smallest_type(n), mask.shape), truth), "ways differ"
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     types = {"labels": str(smallest_type(n)), "cc3d": str(whole().dtype)}
@@ -154,9 +157,9 @@ def _blockwise(grid: BlockGrid, each: Callable[..., Iterable[Any]]) -> None:
 def _label(grid: BlockGrid, index: int) -> tuple[np.dtype[Any], NDArray[np.uint64]]:
     """Type of a block's ids, and first voxels; ids and planes are left behind."""
     core, mask = grid[index].core, _ARRAYS["mask"]
-    ids, _ = components(mask[core.slices], dims=3, connectivity=1)
+    ids, first = components(mask[core.slices], dims=3, connectivity=1)
     _ids_of(index, ids.dtype)[:] = ids
-    found = describe(ids, core, mask.shape, axes=ADJACENCY.axes, sized=False)
+    found = describe(ids, core, mask.shape, axes=ADJACENCY.axes, first=first, sized=False)
     for place, plane in zip(PLANES, _ARRAYS["planes"][index], strict=True):
         plane[:] = found.planes[place]
     return ids.dtype, found.first

@@ -145,24 +145,27 @@ def describe(
     shape: Vec,
     *,
     axes: Sequence[int],
+    first: NDArray[np.int64] | None = None,
     sized: bool = True,
     owners: NDArray[np.uint64] | None = None,
 ) -> BlockComponents:
     """What there is to say of the components `ids` (t, z, y, x) of a core of a volume of `shape`.
 
     `ids` are 0 where there is none, else 1..n in the order of their first voxels; `axes` are those
-    of `Adjacency.axes`. Sizes, which cost more than the rest, are left out unless `sized`.
+    of `Adjacency.axes`. `first` are the flat indices of first voxels in `ids`, where they are known
+    already. Sizes, which cost more than the rest, are left out unless `sized`.
     """
     assert ids.shape == core.shape, (ids.shape, core)
-    places, n = beginnings(ids)
-    assert n == len(places), "ids must be in the order of their first voxels"
+    if first is None:
+        first, n = beginnings(ids)
+        assert n == len(first), "ids must be in the order of their first voxels"
     planes = {
         (axis, side): np.take(ids, -side, axis).astype(np.uint32, order="C")
         for axis in axes
         for side in (0, 1)
     }
-    sizes = _sizes(ids, n) if sized else None
-    return BlockComponents(core, _raster_in(shape, core, places), planes, sizes, owners)
+    sizes = _sizes(ids, len(first)) if sized else None
+    return BlockComponents(core, _raster_in(shape, core, first), planes, sizes, owners)
 
 
 def beginnings(ids: NDArray[Unsigned]) -> tuple[NDArray[np.int64], int]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Block, Region
+    from bigseg.faces import BlockComponents
     from bigseg.steps import Unsigned
 
 # What stays in the cache of a processor while it is read and written.
@@ -140,8 +141,8 @@ class HolesStage(ThreadStage):
         self._files = BlockFiles.of(plan, HOLES)
         self._adjacency = adjacency_of(plan, HOLES)
 
-    def read(self, block: Block) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-        """Ids (t, z, y, x) of the pieces of the core, and the label beside each."""
+    def read(self, block: Block) -> tuple[NDArray[np.uint32], BlockComponents]:
+        """Ids (t, z, y, x) of the pieces of the core, and what there is to say of them."""
         core = self._parts[block.index].core
         margin = (0,) * (4 - self._dims) + (1,) * self._dims
         around = core.grow(margin, margin).intersect(self._plan.region)
@@ -149,18 +150,26 @@ class HolesStage(ThreadStage):
         self.fetched.add(labels.nbytes)
         within = core.relative_to(around.start).slices
         ids = np.zeros(labels.shape, np.uint32)
-        ids[within], n = components(
+        ids[within], first = components(
             np.ascontiguousarray(labels[within] == 0), dims=self._dims, connectivity=1
         )
-        owners = owners_of(ids, n, labels, dims=self._dims, ends=self._ends(around))
-        return ids[within], owners
+        owners = owners_of(ids, len(first), labels, dims=self._dims, ends=self._ends(around))
+        pieces = describe(
+            ids[within],
+            core,
+            self._plan.source.shape,
+            axes=self._adjacency.axes,
+            first=first,
+            sized=False,
+            owners=owners,
+        )
+        return ids[within], pieces
 
-    def write(self, block: Block, result: tuple[NDArray[np.uint32], NDArray[np.uint64]]) -> int:
+    def write(self, block: Block, result: tuple[NDArray[np.uint32], BlockComponents]) -> int:
         """Write the ids and the file of the block."""
-        ids, owners = result
+        ids, pieces = result
         core = self._parts[block.index].core
-        shape, axes = self._plan.source.shape, self._adjacency.axes
-        data = describe(ids, core, shape, axes=axes, sized=False, owners=owners).to_bytes()
+        data = pieces.to_bytes()
         self._gaps.write(block.core, widened(ids, core, block.core)[np.newaxis])
         self._files.write(block.index, data)
         self.written.add(ids.nbytes + len(data))

@@ -82,28 +82,28 @@ def components(
     dims: int,
     connectivity: int,
     link: Literal["z", "t"] | None = None,
-) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
     """The connected components of `mask` (t, z, y, x), numbered 1..n by their first voxels.
 
     Neighbours differ by one along up to `connectivity` of the `dims` last axes, or along `link`
     alone. The order of first voxels is that of the array in memory (raster order). Returns the
-    numbers, 0 where the mask is not, and n. They are of type uint16, half of what has to be moved,
-    where cc3d knows beforehand that these hold them, else (and where `link` joins) uint32.
+    numbers, 0 where the mask is not, and the flat index of each one's first voxel (n,). Numbers are
+    of type uint16, half of what has to be moved, where cc3d knows beforehand that these hold them,
+    else (and where `link` joins) uint32.
     """
     if not mask.size:
-        return np.zeros(mask.shape, np.uint32), 0
+        return np.zeros(mask.shape, np.uint32), np.zeros(0, np.int64)
     stack = as_stacks(np.ascontiguousarray(mask).view(np.uint8), dims)
-    ids, n = _label(stack, n_neighbours(dims, connectivity))
-    ids = in_raster_order(ids.reshape(mask.shape))
+    ids, first = in_raster_order(
+        _label(stack, n_neighbours(dims, connectivity)).reshape(mask.shape)
+    )
     if link == "t" or (link == "z" and dims == 2):
-        return _joined(ids, n, axis=_TIME if link == "t" else _Z)
-    return ids, n
+        return _joined(ids, first, axis=_TIME if link == "t" else _Z)
+    return ids, first
 
 
-def _label(
-    stack: NDArray[np.uint8], neighbours: Neighbours
-) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
-    """The components of each part of the stack, and how many there are in all."""
+def _label(stack: NDArray[np.uint8], neighbours: Neighbours) -> NDArray[np.unsignedinteger[Any]]:
+    """The components of each part of the stack."""
     n_parts, length, *others = stack.shape
     if n_parts > 1:
         # One array for all parts, with an empty row between each two.
@@ -113,38 +113,39 @@ def _label(
         rows = stack
     # Numbers, not truth: there cc3d 4.1.1 takes other ways, which fail on arrays one voxel across
     # (RuntimeError with 26 neighbours, background in components with 8).
-    ids, n = cc3d.connected_components(
-        rows.reshape(-1, *others), connectivity=neighbours, return_N=True
-    )
-    return np.ascontiguousarray(ids.reshape(rows.shape)[:, :length]), n
+    ids = cc3d.connected_components(rows.reshape(-1, *others), connectivity=neighbours)
+    return np.ascontiguousarray(ids.reshape(rows.shape)[:, :length])
 
 
-def in_raster_order(ids: NDArray[Unsigned]) -> NDArray[Unsigned]:
-    """The same components, numbered by their first voxels; `ids` itself where it is so already.
+def in_raster_order(ids: NDArray[Unsigned]) -> tuple[NDArray[Unsigned], NDArray[np.int64]]:
+    """The same components, numbered by their first voxels, and the flat indices of these.
 
-    cc3d numbers like this, but does not promise it.
+    `ids` themselves where they are so already: cc3d numbers like this, but does not promise it.
     """
     places, n = beginnings(ids)
     if n == len(places):
-        return ids
+        return ids, places
     known, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     numbers = np.zeros(len(known), ids.dtype)
     real = np.flatnonzero(known)
     numbers[real[np.argsort(first[real])]] = np.arange(1, len(real) + 1)
-    in_order: NDArray[Unsigned] = numbers[inverse.reshape(ids.shape)]
-    return in_order
+    return numbers[inverse.reshape(ids.shape)], np.sort(first[real])
 
 
-def _joined(ids: NDArray[Unsigned], n: int, *, axis: int) -> tuple[NDArray[np.uint32], int]:
+def _joined(
+    ids: NDArray[Unsigned], first: NDArray[np.int64], *, axis: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """Components that follow each other along `axis` become one, numbered by the first of them."""
     a, b = _overlaps(ids, axis)
+    n = len(first)
     edges = sparse.coo_array((np.ones(len(a), np.uint8), (a, b)), shape=(n + 1, n + 1))
     n_joined, group = csgraph.connected_components(edges, directed=False)
     # The first voxel of a group is that of its smallest id: ids are in this order already.
     _, smallest = np.unique(group, return_index=True)
     numbers = np.empty(n_joined, np.uint32)
     numbers[np.argsort(smallest)] = np.arange(n_joined)
-    return numbers[group][ids], n_joined - 1
+    # The background comes first, and has none.
+    return numbers[group][ids], first[np.sort(smallest)[1:] - 1]
 
 
 def _overlaps(ids: NDArray[Unsigned], axis: int) -> tuple[NDArray[Unsigned], NDArray[Unsigned]]:
@@ -167,7 +168,8 @@ def fill_holes(labels: NDArray[Unsigned], *, dims: int) -> NDArray[Unsigned]:
     that does not touch an end of these axes; it is filled if only one label lies beside it. In an
     array of one plane, with dims 3, everything touches an end.
     """
-    holes, n = components(labels == 0, dims=dims, connectivity=1)
+    holes, first = components(labels == 0, dims=dims, connectivity=1)
+    n = len(first)
     ends = {(axis, side) for axis in range(4 - dims, 4) for side in (0, 1)}
     owners = owners_of(holes, n, labels, dims=dims, ends=ends)
     fillings = np.zeros(n + 1, labels.dtype)
@@ -222,8 +224,8 @@ def segment_codes(
     What is segmented block by block is equal to this, voxel by voxel.
     """
     seeds = erode((codes & INSIDE_BIT) != 0, rule.erode, steps)
-    ids, n = components(seeds, dims=dims, connectivity=rule.connectivity, link=rule.link)
-    large = np.bincount(ids.ravel(), minlength=n + 1) >= rule.min_size
+    ids, first = components(seeds, dims=dims, connectivity=rule.connectivity, link=rule.link)
+    large = np.bincount(ids.ravel(), minlength=len(first) + 1) >= rule.min_size
     large[0] = False
     numbers = (np.cumsum(large, dtype=np.uint32) * large)[ids]
     labels = grow(numbers, (codes & FOREGROUND_BIT) != 0, rule.grow, steps)

@@ -151,14 +151,14 @@ class _Seeds:
     ) -> _Seeds:
         """Those of a mask; at `ends` (axis, 0 or 1) of the array they can go on."""
         rule = instances.rule
-        ids, n = components(
+        ids, first = components(
             np.ascontiguousarray(mask),
             dims=instances.dims,
             connectivity=rule.connectivity,
             link=rule.link,
         )
-        counts = np.bincount(ids.ravel(), minlength=n + 1) >= rule.min_size
-        goes_on = np.zeros(n + 1, np.bool_)
+        counts = np.bincount(ids.ravel(), minlength=len(first) + 1) >= rule.min_size
+        goes_on = np.zeros(len(counts), np.bool_)
         for axis, side in ends:
             goes_on[ids.take(-side, axis=axis)] = True
         # Number 0 is what is no seed.

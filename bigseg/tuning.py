@@ -264,8 +264,8 @@ def _sizes_to_try(parts: Sequence[Judged], rule: InstanceRule) -> list[int]:
 def _seeds(part: Judged, rule: InstanceRule) -> NDArray[np.unsignedinteger[Any]]:
     inside = (codes_of(part.probabilities, rule) & INSIDE_BIT) != 0
     eroded = erode(inside, rule.erode, part.steps)
-    seeds, n = components(eroded, dims=part.dims, connectivity=rule.connectivity)
-    large = np.bincount(seeds.ravel(), minlength=n + 1) >= rule.min_size
+    seeds, first = components(eroded, dims=part.dims, connectivity=rule.connectivity)
+    large = np.bincount(seeds.ravel(), minlength=len(first) + 1) >= rule.min_size
     return np.where(large[seeds], seeds, seeds.dtype.type(0))
 
 

@@ -106,26 +106,26 @@ def filled_by_brute_force(labels, dims):
 def test_components_are_connected_and_numbered_by_their_first_voxels(mask, neighbourhood):
     mask = mask.astype(np.bool_)
     given_mask = mask.copy()
-    ids, n = components(mask, **neighbourhood)
+    ids, first = components(mask, **neighbourhood)
     np.testing.assert_array_equal(mask, given_mask)
     assert ids.dtype in (np.uint16, np.uint32)
     expected, n_expected = components_by_brute_force(mask, **neighbourhood)
     np.testing.assert_array_equal(ids, expected)
-    assert n == n_expected
+    assert first.tolist() == [expected.ravel().tolist().index(i) for i in range(1, n_expected + 1)]
 
 
 @pytest.mark.parametrize("connectivity", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
 def test_components_are_those_of_scipy_and_of_cc3d(connectivity, share):
     mask = np.random.default_rng(7).random((1, 19, 40, 33)) < share
-    ids, n = components(mask, dims=3, connectivity=connectivity)
+    ids, first = components(mask, dims=3, connectivity=connectivity)
     reference, n_reference = ndimage.label(
         mask[0], ndimage.generate_binary_structure(3, connectivity)
     )
-    assert n == n_reference
-    np.testing.assert_array_equal(ids[0], in_raster_order(reference.astype(np.uint32)))
+    assert len(first) == n_reference
+    np.testing.assert_array_equal(ids[0], in_raster_order(reference.astype(np.uint32))[0])
     other = cc3d.connected_components(mask[0], connectivity={1: 6, 2: 18, 3: 26}[connectivity])
-    np.testing.assert_array_equal(ids[0], in_raster_order(other.astype(np.uint32)))
+    np.testing.assert_array_equal(ids[0], in_raster_order(other.astype(np.uint32))[0])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -135,10 +135,10 @@ def test_arrays_of_one_voxel_across_have_components_like_others(shape, connectiv
     # Most components that there can be, and a run at the end.
     mask = (np.arange(33) % 2 == 0).reshape(shape)
     mask.flat[-2] = True
-    ids, n = components(mask, dims=dims, connectivity=connectivity)
+    ids, first = components(mask, dims=dims, connectivity=connectivity)
     expected, n_expected = components_by_brute_force(mask, dims, connectivity, None)
     np.testing.assert_array_equal(ids, expected)
-    assert n == n_expected
+    assert len(first) == n_expected
 
 
 @pytest.mark.parametrize("connectivity", [1, 2, 3])
@@ -150,7 +150,8 @@ def test_as_many_components_as_there_can_be_are_found(connectivity):
         where = corners | np.all(np.indices((1, 9, 9, 9))[1:] % 2 == 1, axis=0)
     if connectivity == 3:
         where = np.all(np.indices((1, 9, 9, 9))[1:] % 2 == 0, axis=0)
-    assert components(where, dims=3, connectivity=connectivity)[1] == where.sum()
+    _, first = components(where, dims=3, connectivity=connectivity)
+    np.testing.assert_array_equal(first, np.flatnonzero(where))
 
 
 @pytest.mark.parametrize("side", [50, 54])
@@ -158,7 +159,8 @@ def test_ids_take_two_bytes_where_these_hold_them(side):
     # Every other voxel: 62,500 components, and more than two bytes hold.
     mask = np.indices((1, 50, 50, side)).sum(axis=0) % 2 == 0
     for dims, connectivity in ((3, 1), (2, 1)):
-        ids, n = components(mask, dims=dims, connectivity=connectivity)
+        ids, first = components(mask, dims=dims, connectivity=connectivity)
+        n = len(first)
         assert n == mask.sum()
         np.testing.assert_array_equal(ids[mask], np.arange(1, n + 1))
         assert not ids[~mask].any()
@@ -170,34 +172,35 @@ def test_ids_take_two_bytes_where_these_hold_them(side):
 
 @pytest.mark.parametrize("shape", [(0, 1, 3, 3), (1, 0, 3, 3), (1, 2, 0, 3), (1, 2, 3, 0)])
 def test_an_empty_array_has_no_components(shape):
-    ids, n = components(np.zeros(shape, np.bool_), dims=3, connectivity=1, link="t")
-    assert (ids.shape, n) == (shape, 0)
+    ids, first = components(np.zeros(shape, np.bool_), dims=3, connectivity=1, link="t")
+    assert (ids.shape, len(first)) == (shape, 0)
 
 
 def test_a_mask_may_be_a_view_in_any_order():
     mask = np.random.default_rng(1).random((2, 6, 8, 10)) < 0.4
     for dims, link in itertools.product((2, 3), LINKS):
-        expected, n = components(mask, dims=dims, connectivity=2, link=link)
+        expected, first = components(mask, dims=dims, connectivity=2, link=link)
         for view in (np.asfortranarray(mask), np.repeat(mask, 2, axis=3)[..., ::2]):
-            ids, n_view = components(view, dims=dims, connectivity=2, link=link)
+            ids, first_in_view = components(view, dims=dims, connectivity=2, link=link)
             np.testing.assert_array_equal(ids, expected)
-            assert n_view == n
+            np.testing.assert_array_equal(first_in_view, first)
 
 
 @settings(max_examples=150, deadline=None)
 @given(arrays(high=9), st.randoms(use_true_random=False))
 def test_any_numbering_becomes_that_of_first_voxels(labels, random):
     names = [0, *random.sample(range(1, random.choice([10, 12, 1000])), 9)]
-    ids = in_raster_order(np.array(names, np.uint32)[labels])
+    ids, first = in_raster_order(np.array(names, np.uint32)[labels])
     in_order = list(dict.fromkeys(labels[labels > 0].tolist()))
     expected = np.array([1 + in_order.index(v) if v else 0 for v in labels.flat])
     np.testing.assert_array_equal(ids.ravel(), expected)
-    assert in_raster_order(ids) is ids
+    assert first.tolist() == [labels.ravel().tolist().index(value) for value in in_order]
+    assert in_raster_order(ids)[0] is ids
 
 
 @pytest.mark.parametrize("ids", [*itertools.permutations([1, 2, 3]), (1, 2, 4), (1, 3, 3)])
 def test_numbers_that_were_left_out_or_swapped_are_noticed(ids):
-    found = in_raster_order(np.array([0, *ids, 0], np.uint32).reshape(1, 1, 1, 5))
+    found, _ = in_raster_order(np.array([0, *ids, 0], np.uint32).reshape(1, 1, 1, 5))
     assert found.ravel().tolist() == [0, 1, 2, 2 if ids == (1, 3, 3) else 3, 0]
 
 
@@ -236,7 +239,8 @@ def test_owners_of_holes_are_seen_one_voxel_around_a_block(labels, dims, data):
         for n in labels.shape
         for a in [data.draw(st.integers(0, n - 1))]
     )
-    ids, n = components(labels[core] == 0, dims=dims, connectivity=1)
+    ids, first = components(labels[core] == 0, dims=dims, connectivity=1)
+    n = len(first)
     holes = np.zeros(labels.shape, np.uint32)
     holes[core] = ids
     ends = data.draw(st.sets(st.tuples(st.integers(4 - dims, 3), st.integers(0, 1))))
