@@ -77,14 +77,15 @@ def main() -> None:
         options.workers, get_context("spawn"), initializer=_attach, initargs=(arrays,)
     ) as pool:
         list(pool.map(_nothing, range(4 * options.workers)))
+        # Several blocks at a time, as workers of bigseg get them; four times each, so that none
+        # waits long for the other.
+        each = functools.partial(pool.map, chunksize=max(1, len(grid) // (4 * options.workers)))
         for _ in range(options.repeats):
             whole = functools.partial(
                 cc3d.connected_components, mask[0].view(np.uint8), connectivity=6
             )
             seconds["cc3d"].append(_timed(whole))
-            seconds["bigseg"].append(
-                _timed(lambda: _blockwise(grid, functools.partial(pool.map, chunksize=4)))
-            )
+            seconds["bigseg"].append(_timed(lambda: _blockwise(grid, each)))
             for name, time_s in _peers(options.peer_python, options.peers, mask).items():
                 seconds.setdefault(name, []).append(time_s)
     truth, first = components(mask, dims=3, connectivity=1)
