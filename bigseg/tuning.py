@@ -140,11 +140,11 @@ def choose_rule(parts: Sequence[Judged]) -> tuple[InstanceRule, RuleScore] | Non
     best = _beyond_the_grid(parts, _middle_of_plateau(found))
     found = _try(parts, replace(_Grid.of(best), sizes=_sizes_to_try(parts, best)))
     # What one object more or less makes of the score says nothing about the next volume.
-    of_best = found[best]
-    one_object = 0.5 / of_best.n_objects
-    if of_best.learnt_score is not None:
-        one_object = 0.25 / min(of_best.n_objects, of_best.n_learnt)
-    enough = max(of.score for of in found.values()) - max(PLATEAU, one_object)
+    highest = max(found.values(), key=lambda of: of.score)
+    one_object = 0.5 / highest.n_objects
+    if highest.learnt_score is not None:
+        one_object = 0.25 / min(highest.n_objects, highest.n_learnt)
+    enough = highest.score - max(PLATEAU, one_object)
     # Of sizes that are equally good the smallest: small objects may be missing here by chance.
     best = min((r for r, of in found.items() if of.score >= enough), key=lambda r: r.min_size)
     return best, found[best]
