@@ -10,6 +10,7 @@ more memory than its pairs of ids, and comes out the same however a volume was c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
+
+
+PLACES_EACH = 8
+"""Where ids give at most so many possible pairs for each one to count, none are sorted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +162,12 @@ def _sorted_table(
     """The table of pairs that may repeat, in any order."""
     if not len(count):
         return Contingency.empty()
-    if max(pred.max(), truth.max()) < 2**32:  # one sort of packed keys is 2.5 times as fast
+    shape = int(pred.max()) + 1, int(truth.max()) + 1
+    if math.prod(shape) <= PLACES_EACH * len(count):
+        counts = np.zeros(shape, np.int64)
+        np.add.at(counts.ravel(), (pred * np.uint64(shape[1]) + truth).astype(np.intp), count)
+        return Contingency.from_dense(counts)
+    if max(shape) <= 2**32:  # one sort of packed keys is 2.5 times as fast
         order = np.argsort(pred << np.uint64(32) | truth)
     else:
         order = np.lexsort((truth, pred))

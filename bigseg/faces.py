@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bigseg.blocks import Region, Vec
-
-Unsigned = TypeVar("Unsigned", bound=np.unsignedinteger[Any])
 
 N_AXES = 4
 _COMPONENTS, _PAIRS = "components", "pairs"
@@ -168,7 +166,7 @@ def describe(
     return BlockComponents(core, _raster_in(shape, core, first), planes, sizes, owners)
 
 
-def beginnings(ids: NDArray[Unsigned]) -> tuple[NDArray[np.int64], int]:
+def beginnings(ids: NDArray[np.unsignedinteger[Any]]) -> tuple[NDArray[np.int64], int]:
     """Where `ids` exceed all before them in raster order, as flat indices, and the highest of them.
 
     There are as many as the highest where ids are numbered 1, 2, ... by their first voxels, and
@@ -190,7 +188,7 @@ def beginnings(ids: NDArray[Unsigned]) -> tuple[NDArray[np.int64], int]:
     return (row[which] * length + column)[is_first], int(so_far.max(initial=0))
 
 
-def _rises(values: NDArray[Unsigned]) -> tuple[NDArray[np.int64], NDArray[Unsigned]]:
+def _rises(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Where values exceed all before them, and the highest before each of these places."""
     highest = np.maximum.accumulate(values)
     before = np.concatenate([np.zeros(1, values.dtype), highest])[:-1]

@@ -71,36 +71,37 @@ class SeedsStage(ThreadStage):
         self._files = BlockFiles.of(plan, SEEDS)
         self._adjacency = adjacency_of(plan, SEEDS)
 
-    def read(self, block: Block) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]:
-        """The ids (t, z, y, x) of the core inside the plan's region, and their first voxels."""
+    def read(self, block: Block) -> tuple[NDArray[np.unsignedinteger[Any]], BlockComponents]:
+        """The ids (t, z, y, x) of the core inside the plan's region, and what to say of them."""
         core = self._parts[block.index].core
         margin = self._steps.reach_vox(self._rule.erode)
         grown = core.grow(margin, margin).intersect(self._plan.region)
         codes = self._codes.read(grown, block.index)
         self.fetched.add(codes.nbytes)
         seeds = erode((codes & INSIDE_BIT) != 0, self._rule.erode, self._steps)
-        return components(
+        ids, first = components(
             np.ascontiguousarray(seeds[core.relative_to(grown.start).slices]),
             dims=self._dims,
             connectivity=self._rule.connectivity,
             link=self._rule.link,
         )
-
-    def write(
-        self, block: Block, result: tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]
-    ) -> int:
-        """Write the ids and the file of the block."""
-        core = self._parts[block.index].core
         found = describe(
-            result[0],
+            ids,
             core,
             self._plan.source.shape,
-            first=result[1],
             axes=self._adjacency.axes,
+            first=first,
             sized=self._rule.min_size > 1,
         )
+        return ids, found
+
+    def write(
+        self, block: Block, result: tuple[NDArray[np.unsignedinteger[Any]], BlockComponents]
+    ) -> int:
+        """Write the ids and the file of the block."""
+        found = result[1]
         ids = result[0].astype(np.uint32, copy=False)
-        self._ids.write(block.core, widened(ids, core, block.core)[np.newaxis])
+        self._ids.write(block.core, widened(ids, found.core, block.core)[np.newaxis])
         data = found.to_bytes()
         self._files.write(block.index, data)
         self.written.add(ids.nbytes + len(data))

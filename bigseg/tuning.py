@@ -314,18 +314,18 @@ def _judge(parts: Sequence[Judged], tables: Sequence[_Tables]) -> RuleScore:
     """The scores of all regions together; their objects are different ones."""
     held_out, learnt = (disjoint_union(column) for column in zip(*tables, strict=True))
     n_learnt = sum(part.n_learnt for part in parts)
-    precision, error = _scores(held_out)
+    precision, error = _precision_and_error(held_out)
     return RuleScore(
         average_precision=precision,
         rand_error=error,
         n_objects=sum(part.n_objects for part in parts),
-        learnt_score=_score(*_scores(learnt)) if n_learnt >= FEWEST_OBJECTS else None,
+        learnt_score=_score(*_precision_and_error(learnt)) if n_learnt >= FEWEST_OBJECTS else None,
         n_learnt=n_learnt,
     )
 
 
-def _scores(table: Contingency) -> tuple[float, float]:
-    """Average precision and Rand error."""
+def _precision_and_error(table: Contingency) -> tuple[float, float]:
+    """The average precision up to `STRICTEST_IOU`, and the Rand error."""
     precision = [p for iou, p in average_precision(table).items() if iou <= STRICTEST_IOU]
     return float(np.mean(precision)), rand_error(table)
 

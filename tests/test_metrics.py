@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from bigseg import contingency
 from bigseg.errors import InputError
 from bigseg.metrics import (
     Contingency,
@@ -56,15 +57,22 @@ def equal(a, b):
 # The table.
 
 
-@given(arrays=pairs(), ignore=st.sampled_from([None, 0, 2]))
-@settings(max_examples=60, deadline=None)
-def test_the_table_counts_each_pair_in_order(arrays, ignore):
+@given(
+    arrays=pairs(),
+    ignore=st.sampled_from([None, 0, 2]),
+    # Never, where ids are few, and always by places instead of sorting.
+    places_each=st.sampled_from([0, contingency.PLACES_EACH, 10**6]),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_table_counts_each_pair_in_order(arrays, ignore, places_each):
     pred, truth = arrays
     counts = {}
     for p, t in zip(pred.ravel().tolist(), truth.ravel().tolist(), strict=True):
         if t != ignore:
             counts[p, t] = counts.get((p, t), 0) + 1
-    table = Contingency.of(pred, truth, ignore_truth=ignore)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contingency, "PLACES_EACH", places_each)
+        table = Contingency.of(pred, truth, ignore_truth=ignore)
     assert rows(table) == [(*pair, n) for pair, n in sorted(counts.items())]
     assert table.n_voxels == sum(counts.values())
     assert (table.pred.dtype, table.truth.dtype, table.count.dtype) == (
