@@ -238,7 +238,7 @@ def _steady_head(head: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
 
 
 def _exported(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    with torch.no_grad():
+    with _folders_restored(), torch.no_grad():
         return torch.export.export(module, (example,))
 
 
@@ -309,14 +309,12 @@ def _compiled_on_first_call(module: nn.Module, example: Tensor) -> Callable[[Ten
         "triton.cudagraphs": False,
         "deterministic": True,
     }
-    compiled: Callable[[Tensor], Tensor] = torch.compile(
-        module, fullgraph=True, dynamic=False, options=options
-    )
     kept = cache_dir()
     with tempfile.TemporaryDirectory() as temporary:
         # Inductor does not quote the paths that it gives to compilers (torch 2.13).
         folder = temporary if kept is None or " " in str(kept) else str(kept / "inductor")
         with _inductor_keeps_in(folder), torch.inference_mode(), _repeatable():
+            compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options)
             compiled(example)
     return compiled
 
@@ -327,15 +325,19 @@ def _inductor_keeps_in(folder: str) -> Iterator[None]:
 
     The warnings are of how torch uses itself; what fails is raised.
     """
-    before = {
-        name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    }
-    os.environ.pop("TRITON_CACHE_DIR", None)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with _folders_restored(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
+
+
+@contextmanager
+def _folders_restored() -> Iterator[None]:
+    """Once inductor is loaded, by an export or a compilation, it names its folder (torch 2.13)."""
+    before = {n: os.environ.get(n) for n in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
