@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def _side_by_side(options: argparse.Namespace) -> dict[str, Any]:
     """What all ways take, and what they say of themselves the last time."""
     here, seconds, last = Path(__file__), defaultdict(list), {}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        file = Path(folder, "mask.npy")
+        file, used = Path(folder, "mask.npy"), Path(folder, "used")
         np.save(file, _blobs(options.side))
         sizes = ("--side", options.side, "--block", options.block, "--workers", options.workers)
         ways: dict[str, tuple[object, ...]] = {
@@ -92,12 +93,13 @@ def _side_by_side(options: argparse.Namespace) -> dict[str, Any]:
         }
         if options.peer_python:
             peers = here.with_name("peer_components.py")
-            ways |= {n: (options.peer_python, peers, file, folder, n) for n in options.peers}
+            ways |= {n: (options.peer_python, peers, file, used, n) for n in options.peers}
         for _ in range(options.repeats):
             for name, words in ways.items():
                 done = subprocess.run(
                     [str(word) for word in words], stdout=subprocess.PIPE, text=True, check=True
                 )
+                shutil.rmtree(used, ignore_errors=True)
                 last[name] = json.loads(done.stdout)
                 seconds[name].append(last[name].pop("seconds"))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -125,9 +127,9 @@ def _by_bigseg(mask: NDArray[np.bool_], options: argparse.Namespace) -> dict[str
     for name, (kind, shape) in _layout(grid).items():
         _share(name, kind, shape)
     _ARRAYS["mask"][:] = mask
-    _ready(0)
     arrays = [(name, _HELD[name].name, a.dtype, a.shape) for name, a in _ARRAYS.items()]
     try:
+        _ready(0)
         with ProcessPoolExecutor(
             options.workers, get_context("spawn"), initializer=_attach, initargs=(arrays,)
         ) as pool:
