@@ -75,11 +75,8 @@ def test_the_table_counts_each_pair_in_order(arrays, ignore, places_each):
         table = Contingency.of(pred, truth, ignore_truth=ignore)
     assert rows(table) == [(*pair, n) for pair, n in sorted(counts.items())]
     assert table.n_voxels == sum(counts.values())
-    assert (table.pred.dtype, table.truth.dtype, table.count.dtype) == (
-        np.uint64,
-        np.uint64,
-        np.int64,
-    )
+    columns = table.pred, table.truth, table.count
+    assert [column.dtype for column in columns] == [np.uint64, np.uint64, np.int64]
 
 
 @given(arrays=pairs(), n_parts=st.integers(1, 9), order=st.randoms())
