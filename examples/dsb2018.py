@@ -30,16 +30,15 @@ border_um: 2.0
 net: {depth: 3, width: 32, padding: same, mirror: true}
 patch: [192, 192]
 batch: 2
-optim: {lr: 3.0e-3}
 loss: {dice: 0.5, balance: true, weight_map: {w0: 10, sigma_um: 3.0, where: gaps}}
 augment: {rotate_degrees: 0, scale: 0, elastic_vox: 0, noise: 0, blur_vox: 0}
-val_every: 3500
+val_every: 2500
 """
 
 
 def main() -> None:
     """Convert, train, segment, score."""
-    options = parser_of(__doc__, steps=7000).parse_args()
+    options = parser_of(__doc__, steps=5000).parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {name: options.out / name for name in ("learn", "validate", "test")}
     for name, folder in parts.items():
