@@ -25,7 +25,7 @@ def parser_of(about: str | None, *, steps: int | None) -> argparse.ArgumentParse
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument(
-        "--seed", type=int, default=0, help="of one folder out run one seed after the other"
+        "--seed", type=int, default=0, help="run the seeds of one folder one after the other"
     )
     parser.add_argument("--executor", default="ray", choices=["ray", "serial"])
     return parser

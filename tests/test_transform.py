@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 from textwrap import dedent
 
 import numpy as np
@@ -295,10 +296,7 @@ def test_a_location_names_a_file_and_a_function(location):
 
 def test_a_file_that_cannot_be_used_is_refused_with_the_line(tmp_path):
     path = tmp_path / "my.py"
-
-    def load():
-        load_transform(f"{path}:f")
-
+    load = partial(load_transform, f"{path}:f")
     refused(f"--transform {path} cannot be read: No such file or directory; check the path", load)
     path.write_bytes(b"\xff\xfe")
     refused(f"--transform {path} is no Python file in UTF-8 (invalid start byte at byte 0)", load)
@@ -306,6 +304,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_line(tmp_path):
     refused("--transform my.py raises SyntaxError in line 2 ('(' was never closed)", load)
     path.write_bytes(b"def f(image):\0\n")
     # A ValueError before Python 3.11.4, a SyntaxError since.
+    refused("--transform my.py raises ", load)
     refused("Error (source code string cannot contain null bytes): correct the file", load)
     path.write_text("def g():\n    raise KeyError('k')\n\ng()\n")
     refused("--transform my.py raises KeyError in line 2 ('k'): correct the file", load)
